@@ -1,0 +1,3 @@
+"""Simulator and automatic planner of hybrid parallel training."""
+
+__version__ = "0.1.0"

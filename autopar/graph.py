@@ -1,0 +1,194 @@
+"""The model as operations: what each computes, reads, keeps for backward, and how ranks may divide it.
+
+A graph describes one microbatch of ``batch_size`` sequences on one device, before any layout. Everything that
+depends on activations grows linearly with the batch, so one graph prices every microbatch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import networkx as nx
+
+
+class OpKind(StrEnum):
+    """What decides the cost of an operation."""
+
+    MATMUL = "matmul"
+    ATTENTION = "attention"
+    NORMALIZATION = "normalization"
+    ELEMENTWISE = "elementwise"
+    EMBEDDING = "embedding"
+    LOSS = "loss"
+
+
+class Split(StrEnum):
+    """How tensor parallelism divides an operation, a parameter or a kept tensor.
+
+    TOKENS are activations between column-row pairs: whole on every tensor parallel rank, or divided along the
+    sequence under sequence parallelism. GATHERED are the same activations as the input of a column-parallel
+    product: sequence parallelism gathers them first. FEATURES lie inside a pair and are always divided. COLUMN
+    and ROW are weights (and their products) divided by output and by input features. VOCAB is divided where the
+    stack shards the vocabulary. NONE is whole on every rank.
+    """
+
+    NONE = "none"
+    TOKENS = "tokens"
+    GATHERED = "gathered"
+    FEATURES = "features"
+    COLUMN = "column"
+    ROW = "row"
+    VOCAB = "vocab"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatmulShape:
+    """Product of [m, k] by [k, n]; m grows with the batch."""
+
+    m: int
+    n: int
+    k: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionShape:
+    """Scaled dot product attention of ``batch`` sequences."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    query_len: int
+    key_len: int
+    head_size: int
+    causal: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """A weight. ``shared_with`` names the parameter whose storage it uses (tied embeddings)."""
+
+    name: str
+    elements: int
+    split: Split
+    shared_with: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedTensor:
+    """A tensor that autograd keeps from forward to backward, owned by the first operation that keeps it."""
+
+    name: str
+    num_bytes: int
+    split: Split
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Op:
+    """One operation with its backward.
+
+    Attributes:
+        name: module path, with a suffix where one module does several things.
+        kind: what prices it.
+        block: index of the repeated block; -1 before the first, ``num_blocks`` after the last.
+        split: how tensor parallelism divides it.
+        shape: of a product or an attention.
+        forward_flops, backward_flops: of products and attention, mask not subtracted.
+        forward_bytes, backward_bytes: memory traffic of memory-bound operations (read and written).
+        parameters: weights that it owns or shares.
+        saved: what backward needs, see SavedTensor.
+        output_bytes: size of its result.
+        output_split: how tensor parallelism divides its result.
+    """
+
+    name: str
+    kind: OpKind
+    block: int
+    split: Split
+    shape: MatmulShape | AttentionShape | None = None
+    forward_flops: int = 0
+    backward_flops: int = 0
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    parameters: tuple[Parameter, ...] = ()
+    saved: tuple[SavedTensor, ...] = ()
+    output_bytes: int = 0
+    output_split: Split = Split.TOKENS
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes kept for backward, on one device without any split."""
+        return sum(tensor.num_bytes for tensor in self.saved)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights owned; shared ones count where they are first owned."""
+        return sum(p.elements for p in self.parameters if p.shared_with is None)
+
+
+@dataclass(frozen=True, slots=True)
+class OpGraph:
+    """Operations in order of execution and the data that flows between them.
+
+    Attributes:
+        name: the model's name.
+        ops: in the order of the forward pass.
+        edges: (producer, consumer) pairs of operation names.
+        num_blocks: repeated blocks.
+        batch_size: sequences that the numbers are for.
+        seq_len: tokens per sequence.
+        itemsize: bytes of one activation element.
+    """
+
+    name: str
+    ops: tuple[Op, ...]
+    edges: tuple[tuple[str, str], ...]
+    num_blocks: int
+    batch_size: int
+    seq_len: int
+    itemsize: int
+
+    def digraph(self) -> nx.DiGraph[str]:
+        """The graph in networkx, each node with its ``op``."""
+        graph: nx.DiGraph[str] = nx.DiGraph(name=self.name)
+        for op in self.ops:
+            graph.add_node(op.name, op=op)
+        graph.add_edges_from(self.edges)
+        return graph
+
+    def block_ops(self, block: int) -> tuple[Op, ...]:
+        """Operations of one block; -1 and ``num_blocks`` are the ends of the model."""
+        return tuple(op for op in self.ops if op.block == block)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Every weight once: shared ones are left out."""
+        for op in self.ops:
+            yield from (p for p in op.parameters if p.shared_with is None)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the model."""
+        return sum(parameter.elements for parameter in self.parameters())
+
+    @property
+    def attention(self) -> AttentionShape | None:
+        """Shape of the first attention, None for a model without any."""
+        return next((op.shape for op in self.ops if isinstance(op.shape, AttentionShape)), None)
+
+    def model_flops(self) -> tuple[int, int]:
+        """FLOPs of forward and backward of one batch, without recomputation and with the whole mask."""
+        return sum(op.forward_flops for op in self.ops), sum(op.backward_flops for op in self.ops)
+
+
+def check_graph(graph: OpGraph) -> None:
+    """Assert what every later step relies on: unique names, no cycle, edges in order, blocks without gaps."""
+    order = {op.name: i for i, op in enumerate(graph.ops)}
+    assert len(order) == len(graph.ops), "operation names are unique"
+    for producer, consumer in graph.edges:
+        assert order[producer] < order[consumer], f"edge {producer} -> {consumer} goes backwards"
+    blocks = [op.block for op in graph.ops]
+    assert blocks == sorted(blocks), "operations are ordered by block"
+    assert set(blocks) - {-1, graph.num_blocks} == set(range(graph.num_blocks)), "every block has operations"
+    names = [parameter.name for parameter in graph.parameters()]
+    assert len(names) == len(set(names)), "every parameter is owned once"

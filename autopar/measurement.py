@@ -1,0 +1,121 @@
+"""What a real run measured, under the same names as the prediction: measurement.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from autopar.model.spec import ModelSpec
+from autopar.plan import Plan
+from autopar.workload import Workload
+from costmodels.records import read_record, write_record
+
+MEASUREMENT_SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CountedCollective:
+    """Collectives of one kind, on one axis, of one rank, in one step.
+
+    Attributes:
+        kind: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, send or recv.
+        axis: mesh axis of the group: tp, pp, dp (all data parallel ranks), dp_shard, dp_replicate, or world.
+        group_size: ranks in the group.
+        count: calls.
+        num_bytes: payload summed over the calls: the whole (unsharded) tensor for all_reduce, all_gather and
+            reduce_scatter, the message for send and recv.
+    """
+
+    kind: str
+    axis: str
+    group_size: int
+    count: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """Something a rank did: ``phase`` is forward, backward, optimizer or communication.
+
+    ``start_s`` counts from the beginning of the step, on a clock common to all ranks of a machine. ``name`` is an
+    action such as ``2F0`` (stage 2, forward, microbatch 0), or the collective and its axis.
+    """
+
+    name: str
+    phase: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankMeasurement:
+    """One rank: peak and items of memory in bytes, collectives and spans of one inspected step."""
+
+    rank: int
+    peak_bytes: int
+    memory: Mapping[str, int]
+    collectives: tuple[CountedCollective, ...]
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeTraffic:
+    """Bytes that a node's interface counters saw per step, headers included."""
+
+    node: int
+    sent_bytes: float
+    received_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One plan's run.
+
+    Attributes:
+        slug: of the plan.
+        backend: gloo or nccl.
+        device: what it ran on.
+        versions: of python, torch and autopar.
+        date: ISO, UTC.
+        losses: mean loss of the global batch, each step.
+        step_s: wall seconds of each timed step (the slowest rank's), warm-up and inspected steps left out.
+        ranks: by rank.
+        traffic: by node, where interfaces were counted.
+    """
+
+    slug: str
+    model: ModelSpec
+    workload: Workload
+    plan: Plan
+    backend: str
+    device: str
+    versions: Mapping[str, str]
+    date: str
+    losses: tuple[float, ...]
+    step_s: tuple[float, ...]
+    ranks: tuple[RankMeasurement, ...]
+    traffic: tuple[NodeTraffic, ...] = field(default=())
+
+    @property
+    def median_step_s(self) -> float:
+        """Median of the timed steps."""
+        ordered, middle = sorted(self.step_s), len(self.step_s) // 2
+        if len(ordered) % 2:
+            return ordered[middle]
+        return (ordered[middle - 1] + ordered[middle]) / 2
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the rank that held most."""
+        return max(rank.peak_bytes for rank in self.ranks)
+
+
+def read_measurement(path: str | Path) -> Measurement:
+    """Read measurement.json. Raises InputError."""
+    return read_record(Measurement, path, MEASUREMENT_SCHEMA)
+
+
+def write_measurement(path: str | Path, measurement: Measurement) -> None:
+    """Write measurement.json whole."""
+    write_record(path, measurement, MEASUREMENT_SCHEMA)

@@ -1,0 +1,301 @@
+"""A plan: every decision that turns a model and a workload into what each rank does, and what forbids it.
+
+The slug ``tp8.pp4.vp2.cp1.dp2.z1.mb1.ac-selective`` names a plan and is parsed back. Parts that differ from the
+usual follow it: ``sp`` (sequence parallel), ``rep2`` (replicas around sharded groups), ``sched-gpipe``, and
+``split-7-8-8-7`` (blocks per virtual stage, where they are not even).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+from autopar.errors import PlanError, nearest
+from autopar.graph import OpGraph
+from autopar.layout import Layout
+from autopar.model.spec import ModelSpec
+from autopar.workload import Workload
+from costmodels.records import read_record, write_record
+
+PLAN_SCHEMA = 1
+
+Member = TypeVar("Member", bound=StrEnum)
+
+
+class Recompute(StrEnum):
+    """What forward keeps: everything, everything but attention's inner tensors, or only block inputs."""
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
+class ScheduleName(StrEnum):
+    """Order of forward and backward microbatches on a pipeline rank."""
+
+    GPIPE = "gpipe"
+    ONE_F_ONE_B = "1f1b"
+    INTERLEAVED = "interleaved"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejected:
+    """Why a plan cannot be used: a short key, a sentence with the fix, and the numbers in it."""
+
+    reason: str
+    detail: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A layout and the decisions beside it.
+
+    Attributes:
+        layout: degrees of parallelism.
+        microbatch_size: sequences per forward pass of a data parallel rank.
+        zero_stage: 0 replicates; 1 shards optimizer state; 2 gradients too; 3 parameters too.
+        sequence_parallel: norms and residuals divided along the sequence over the tp ranks.
+        schedule: pipeline schedule.
+        recompute: what backward computes again.
+        stage_blocks: blocks of each virtual stage in the order of the model; empty means as even as possible,
+            earlier stages taking what is left over.
+    """
+
+    layout: Layout
+    microbatch_size: int
+    zero_stage: int = 0
+    sequence_parallel: bool = False
+    schedule: ScheduleName = ScheduleName.ONE_F_ONE_B
+    recompute: Recompute = Recompute.NONE
+    stage_blocks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.microbatch_size < 1:
+            raise PlanError(f"plan: microbatch_size is {self.microbatch_size}; it must be at least 1")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise PlanError(f"plan: zero_stage is {self.zero_stage}; it is 0, 1, 2 or 3")
+        if self.zero_stage == 0 and self.layout.dp_shard > 1:
+            raise PlanError(f"plan: dp_shard={self.layout.dp_shard} needs zero_stage 1, 2 or 3")
+        if self.zero_stage > 0 and self.layout.dp_shard == 1 and self.layout.dp_replicate > 1:
+            raise PlanError(f"plan: zero_stage={self.zero_stage} shards over dp_shard, which is 1")
+        if self.layout.vp > 1 and self.schedule is not ScheduleName.INTERLEAVED:
+            raise PlanError(f"plan: vp={self.layout.vp} needs the interleaved schedule, not {self.schedule}")
+        if self.stage_blocks and len(self.stage_blocks) != self.num_stages:
+            raise PlanError(
+                f"plan: stage_blocks has {len(self.stage_blocks)} entries for pp*vp={self.num_stages} stages"
+            )
+        if any(blocks < 1 for blocks in self.stage_blocks):
+            raise PlanError(f"plan: stage_blocks {self.stage_blocks} leaves a stage without blocks")
+
+    @property
+    def num_stages(self) -> int:
+        """Virtual stages of the pipeline."""
+        return self.layout.pp * self.layout.vp
+
+    @property
+    def slug(self) -> str:
+        """The plan's name, see the module's docstring."""
+        layout = self.layout
+        parts = [
+            f"tp{layout.tp}", f"pp{layout.pp}", f"vp{layout.vp}", f"cp{layout.cp}", f"dp{layout.dp}",
+            f"z{self.zero_stage}", f"mb{self.microbatch_size}", f"ac-{self.recompute}",
+        ]  # fmt: skip
+        if self.sequence_parallel:
+            parts.append("sp")
+        if layout.dp_replicate > 1 and layout.dp_shard > 1:
+            parts.append(f"rep{layout.dp_replicate}")
+        if self.schedule is not default_schedule(layout.vp):
+            parts.append(f"sched-{self.schedule}")
+        if self.stage_blocks:
+            parts.append("split-" + "-".join(map(str, self.stage_blocks)))
+        return ".".join(parts)
+
+    def num_microbatches(self, workload: Workload) -> int:
+        """Forward passes per step of each data parallel rank; the batch must divide (see ``violations``)."""
+        return workload.global_batch // (self.layout.dp * self.microbatch_size)
+
+    def blocks_of_stages(self, num_blocks: int) -> tuple[int, ...]:
+        """Blocks per virtual stage, in the order of the model."""
+        return self.stage_blocks or even_split(num_blocks, self.num_stages)
+
+
+def default_schedule(vp: int) -> ScheduleName:
+    """The schedule that a slug without ``sched-`` means."""
+    return ScheduleName.INTERLEAVED if vp > 1 else ScheduleName.ONE_F_ONE_B
+
+
+def even_split(num_blocks: int, num_stages: int) -> tuple[int, ...]:
+    """Blocks per stage as even as possible; earlier stages take the remainder."""
+    quotient, remainder = divmod(num_blocks, num_stages)
+    return tuple(quotient + (stage < remainder) for stage in range(num_stages))
+
+
+_PART = re.compile(
+    r"(?P<key>tp|pp|vp|cp|dp|z|mb|rep)(?P<number>\d+)|(?P<word>ac|sched|split)-(?P<value>[\w-]+)|(?P<flag>sp)"
+)
+
+
+def parse_slug(slug: str) -> Plan:
+    """Parse a slug. Degrees that are left out are 1, ``z`` is 0. Raises PlanError."""
+    numbers: dict[str, int] = {}
+    words: dict[str, str] = {}
+    for part in slug.strip().split("."):
+        match = _PART.fullmatch(part)
+        if not match:
+            raise PlanError(
+                f"plan '{slug}': cannot read '{part}'; a slug looks like tp2.pp4.vp1.cp1.dp2.z1.mb1.ac-none"
+            )
+        key = match["key"] or match["word"] or match["flag"]
+        if key in numbers or key in words:
+            raise PlanError(f"plan '{slug}': '{key}' is given twice")
+        if match["key"]:
+            numbers[key] = int(match["number"])
+        else:
+            words[key] = match["value"] or ""
+    if "mb" not in numbers:
+        raise PlanError(f"plan '{slug}': the microbatch is missing; add for example .mb1")
+    dp, zero, replicas = numbers.get("dp", 1), numbers.get("z", 0), numbers.get("rep")
+    if replicas is not None and (zero == 0 or replicas < 1 or dp % replicas):
+        raise PlanError(f"plan '{slug}': rep{replicas} must divide dp{dp} and needs z1, z2 or z3")
+    replicate = dp if zero == 0 else (replicas or 1)
+    vp = numbers.get("vp", 1)
+    return Plan(
+        layout=Layout(
+            tp=numbers.get("tp", 1), cp=numbers.get("cp", 1), pp=numbers.get("pp", 1), vp=vp,
+            dp_replicate=replicate, dp_shard=dp // replicate if replicate else 0,
+        ),
+        microbatch_size=numbers["mb"],
+        zero_stage=zero,
+        sequence_parallel="sp" in words,
+        schedule=_member(ScheduleName, words.get("sched", default_schedule(vp).value), slug),
+        recompute=_member(Recompute, words.get("ac", "none"), slug),
+        stage_blocks=_parse_split(words["split"], slug) if "split" in words else (),
+    )  # fmt: skip
+
+
+def _member(kind: type[Member], word: str, slug: str) -> Member:
+    known = [member.value for member in kind]
+    if word not in known:
+        raise PlanError(f"plan '{slug}': unknown {kind.__name__.lower()} '{word}'{nearest(word, known)}")
+    return kind(word)
+
+
+def _parse_split(text: str, slug: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(-\d+)*", text):
+        raise PlanError(f"plan '{slug}': split-{text} is not a list of blocks such as split-7-8-8-7")
+    return tuple(int(blocks) for blocks in text.split("-"))
+
+
+def violations(plan: Plan, graph: OpGraph, workload: Workload, world_size: int) -> tuple[Rejected, ...]:
+    """Everything that forbids a plan before memory and time are looked at, each with the fix."""
+    layout, found = plan.layout, []
+
+    def reject(reason: str, detail: str, **numbers: float) -> None:
+        found.append(Rejected(reason=reason, detail=detail, numbers=numbers))
+
+    if layout.world_size != world_size:
+        product = " * ".join(
+            f"{axis}={degree}"
+            for axis, degree in (("tp", layout.tp), ("cp", layout.cp), ("pp", layout.pp), ("dp", layout.dp))
+        )
+        reject(
+            "world size", f"{product} is {layout.world_size}, but there are {world_size} ranks: change one of them",
+            product=layout.world_size, world_size=world_size,
+        )  # fmt: skip
+    attention = graph.attention
+    if attention is not None:
+        for name, heads in (("query", attention.num_heads), ("key-value", attention.num_kv_heads)):
+            if heads % layout.tp:
+                reject(
+                    f"{name} heads", f"tp={layout.tp} does not divide {heads} {name} heads: use a divisor of {heads}",
+                    tp=layout.tp, heads=heads,
+                )  # fmt: skip
+    features = [p for op in graph.block_ops(0) for p in op.parameters] if layout.tp > 1 else []
+    if plan.sequence_parallel and layout.tp == 1:
+        reject(
+            "sequence parallel",
+            "sequence parallelism divides over tp ranks, but tp=1: drop sp or use tp>=2",
+            tp=1,
+        )
+    if layout.tp > 1 and attention is None and not features:
+        reject(
+            "tensor parallel",
+            f"tp={layout.tp}, but the model has nothing that tensor parallelism divides",
+            tp=layout.tp,
+        )
+    for axis, degree in (
+        ("tp", layout.tp if plan.sequence_parallel else 1),
+        ("cp", 2 * layout.cp if layout.cp > 1 else 1),
+    ):
+        if workload.seq_len % degree:
+            reject(
+                "sequence", f"a sequence of {workload.seq_len} tokens does not divide into {degree} parts for {axis}",
+                seq_len=workload.seq_len, parts=degree,
+            )  # fmt: skip
+    if plan.num_stages > graph.num_blocks:
+        reject(
+            "stages", f"pp*vp={plan.num_stages} stages for {graph.num_blocks} blocks: use {graph.num_blocks} or fewer",
+            stages=plan.num_stages, blocks=graph.num_blocks,
+        )  # fmt: skip
+    elif plan.stage_blocks and sum(plan.stage_blocks) != graph.num_blocks:
+        reject(
+            "stages", f"stage_blocks adds up to {sum(plan.stage_blocks)} of {graph.num_blocks} blocks",
+            assigned=sum(plan.stage_blocks), blocks=graph.num_blocks,
+        )  # fmt: skip
+    per_pass = layout.dp * plan.microbatch_size
+    if workload.global_batch % per_pass:
+        reject(
+            "batch", f"dp={layout.dp} times microbatch {plan.microbatch_size} is {per_pass}, which does not divide the "
+            f"global batch of {workload.global_batch}",
+            per_pass=per_pass, global_batch=workload.global_batch,
+        )  # fmt: skip
+    elif plan.schedule is ScheduleName.INTERLEAVED and plan.num_microbatches(workload) % layout.pp:
+        reject(
+            "microbatches", f"the interleaved schedule takes a multiple of pp={layout.pp} microbatches, not "
+            f"{plan.num_microbatches(workload)}",
+            microbatches=plan.num_microbatches(workload), pp=layout.pp,
+        )  # fmt: skip
+    return tuple(found)
+
+
+def check_plan(plan: Plan, graph: OpGraph, workload: Workload, world_size: int) -> None:
+    """Raise PlanError with every violation."""
+    found = violations(plan, graph, workload, world_size)
+    if found:
+        raise PlanError(f"plan {plan.slug}: " + "; ".join(rejected.detail for rejected in found))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanFile:
+    """plan.json: a plan with the model and the workload that it is for.
+
+    Attributes:
+        slug: of the plan, for readers.
+        predicted: what the planner expected, by name (``step_s``, ``memory_gib``, ...).
+    """
+
+    slug: str
+    model: ModelSpec
+    workload: Workload
+    plan: Plan
+    predicted: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_plan_file(path: str | Path) -> PlanFile:
+    """Read plan.json. Raises InputError if it is missing, torn or contradicts itself."""
+    found = read_record(PlanFile, path, PLAN_SCHEMA)
+    if found.slug != found.plan.slug:
+        raise PlanError(
+            f"{path}: slug '{found.slug}' is not that of the plan, '{found.plan.slug}': was it edited by hand?"
+        )
+    return found
+
+
+def write_plan_file(path: str | Path, content: PlanFile) -> None:
+    """Write plan.json whole."""
+    write_record(path, content, PLAN_SCHEMA)

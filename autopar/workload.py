@@ -1,0 +1,55 @@
+"""What the user wants trained: batch, sequence, precision, optimizer. The planner never changes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from autopar.errors import InputError
+
+
+class Precision(StrEnum):
+    """Type of weights and activations in forward and backward."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return 4 if self is Precision.FP32 else 2
+
+
+class Optimizer(StrEnum):
+    """Update rule; sets the bytes of state per parameter."""
+
+    ADAMW = "adamw"
+    SGD = "sgd"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """One training step's worth of work.
+
+    Attributes:
+        global_batch: sequences per optimizer step, over all ranks.
+        seq_len: tokens per sequence.
+        precision: type of weights and activations.
+        optimizer: update rule.
+    """
+
+    global_batch: int
+    seq_len: int
+    precision: Precision = Precision.BF16
+    optimizer: Optimizer = Optimizer.ADAMW
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "seq_len"):
+            if getattr(self, name) < 1:
+                raise InputError(f"workload: {name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per optimizer step."""
+        return self.global_batch * self.seq_len
