@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-import networkx as nx
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 class OpKind(StrEnum):
@@ -20,6 +22,7 @@ class OpKind(StrEnum):
     ATTENTION = "attention"
     NORMALIZATION = "normalization"
     ELEMENTWISE = "elementwise"
+    ACTIVATION = "activation"
     EMBEDDING = "embedding"
     LOSS = "loss"
 
@@ -151,6 +154,8 @@ class OpGraph:
 
     def digraph(self) -> nx.DiGraph[str]:
         """The graph in networkx, each node with its ``op``."""
+        import networkx as nx  # half a second that planning does not need
+
         graph: nx.DiGraph[str] = nx.DiGraph(name=self.name)
         for op in self.ops:
             graph.add_node(op.name, op=op)

@@ -1,1 +1,1 @@
-
+"""Pipeline schedules as data, their generators, and the event simulation that times them."""

@@ -1,1 +1,1 @@
-
+"""The space of plans and the exact search through it."""

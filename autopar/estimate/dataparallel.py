@@ -1,0 +1,66 @@
+"""Seconds of data parallel communication that a step waits for, arrays [plans, ranks]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from autopar.estimate.arrays import PlanArrays
+from autopar.estimate.pieces import Floats
+from autopar.estimate.setting import Setting
+from autopar.estimate.stages import RankWork
+from costmodels.collectives import collective_seconds
+from costmodels.overlap import bucketed_tail_seconds, exposed_seconds
+
+
+def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, num_microbatches: Floats) -> Floats:
+    """Replicated gradients in buckets beside the last backward; sharded state by gathers and scatters.
+
+    ZeRO-1 and ZeRO-2 gather the parameters once a step and scatter the gradients once; ZeRO-3 gathers them for every
+    forward and every backward. Replicas around sharded groups add an all_reduce of the shard.
+    """
+    column = (slice(None), None)
+    replicas, shards, zero = plans.dp_replicate[column], plans.dp_shard[column], plans.zero[column]
+    gradient = work.parameters * setting.reduce_bytes
+    stride = (plans.tp * plans.cp)[column]
+    replicated = _replicated(setting, plans, work, gradient, stride)
+    gather = _seconds(setting, "all_gather", shards, stride, work.parameters * setting.weight_bytes)
+    scatter = _seconds(setting, "reduce_scatter", shards, stride, gradient)
+    reduce_shard = _seconds(setting, "all_reduce", replicas, stride * shards, gradient / np.maximum(shards, 1))
+    gathers = np.where(zero == 3, 2.0 * num_microbatches[column], 1.0)
+    communication = gathers * gather + scatter + reduce_shard
+    window = _window(plans, work, num_microbatches)
+    stack = setting.stack
+    if setting.cluster.link_uses_host:
+        exposed: Any = communication
+    else:
+        exposed = exposed_seconds(communication, window, hidden=stack.shard_hidden, leak=stack.shard_leak)
+    return np.where(zero == 0, replicated, np.where(shards > 1, exposed, 0.0))
+
+
+def _replicated(setting: Setting, plans: PlanArrays, work: RankWork, gradient: Floats, stride: Any) -> Any:
+    stack = setting.stack
+    ranks = plans.dp_replicate[:, None]
+    buckets = np.maximum(1.0, np.ceil(gradient / stack.bucket_bytes))
+    communication = buckets * _seconds(setting, "all_reduce", ranks, stride, gradient / buckets)
+    if not stack.bucketed_overlap or setting.cluster.link_uses_host:
+        return communication
+    window = work.backward_seconds
+    first_ready = window * np.minimum(1.0, stack.first_bucket_bytes / np.maximum(gradient, 1.0))
+    return bucketed_tail_seconds(communication, window, first_ready, communication / buckets)
+
+
+def _window(plans: PlanArrays, work: RankWork, num_microbatches: Floats) -> Floats:
+    """Compute beside which sharded communication can hide: the passes of the first and last virtual stage.
+
+    Under ZeRO-3 every pass has its own gathers, so all passes count.
+    """
+    m, pp, vp = (x[:, None] for x in (num_microbatches, plans.pp, plans.vp))
+    once = work.pass_seconds * np.where(pp > 1, np.minimum(m, pp) * (vp - 1) / vp + 1 / vp, 1.0)
+    return np.where(plans.zero[:, None] == 3, work.pass_seconds * m, once)
+
+
+def _seconds(setting: Setting, kind: str, ranks: Any, stride: Any, num_bytes: Any) -> Any:
+    seconds = collective_seconds(setting.cluster, kind, ranks, stride, num_bytes, setting.stack.algorithms)
+    return np.where(np.asarray(ranks) > 1, seconds, 0.0)

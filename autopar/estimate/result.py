@@ -1,0 +1,62 @@
+"""What an estimate says: time by named terms, memory by named items, and what it assumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autopar.plan import Plan
+from costmodels.units import GIB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """Prediction for one plan.
+
+    Attributes:
+        step_s: seconds of a step.
+        breakdown: parts of the step in seconds, by the names of ``step.TERMS``; they add up to step_s.
+        memory: bytes at the peak of the fullest pipeline rank, by the names of ``memory.ITEMS``.
+        memory_per_rank: peak bytes of every pipeline rank.
+        memory_limit: bytes that a device offers.
+        tokens_per_s_per_gpu: throughput.
+        model_flops_per_s_per_gpu: useful FLOP/s, see ``flops_convention``.
+        mfu: that over the device's dense peak in the workload's precision.
+        peak_flops: that peak.
+        flops_convention: what counts as a useful FLOP.
+        assumptions: where the numbers behind the estimate come from.
+    """
+
+    plan: Plan
+    step_s: float
+    breakdown: Mapping[str, float]
+    memory: Mapping[str, float]
+    memory_per_rank: tuple[float, ...]
+    memory_limit: float
+    tokens_per_s_per_gpu: float
+    model_flops_per_s_per_gpu: float
+    mfu: float
+    peak_flops: float
+    flops_convention: str
+    assumptions: tuple[str, ...]
+
+    @property
+    def memory_bytes(self) -> float:
+        """Peak bytes of the fullest rank."""
+        return max(self.memory_per_rank)
+
+    @property
+    def memory_gib(self) -> float:
+        """Peak GiB of the fullest rank."""
+        return self.memory_bytes / GIB
+
+    @property
+    def bubble_s(self) -> float:
+        """Seconds in which the slowest pipeline rank waits for others."""
+        return self.breakdown["pipeline_bubble"]
+
+    @property
+    def exposed_communication_s(self) -> float:
+        """Seconds of communication that no compute hides."""
+        names = ("tensor_parallel", "context_parallel", "pipeline_transfer", "data_parallel")
+        return sum(self.breakdown[name] for name in names)

@@ -1,0 +1,42 @@
+"""What is given when plans are priced: model, workload, cluster, stack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.graph import OpGraph
+from autopar.workload import Workload
+from costmodels.hardware import Cluster
+from costmodels.stack import Stack
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """The question that every candidate plan answers.
+
+    Attributes:
+        graph: the model at the workload's sequence length and precision.
+        workload: batch, sequence, precision, optimizer.
+        cluster: hardware.
+        stack: training software.
+    """
+
+    graph: OpGraph
+    workload: Workload
+    cluster: Cluster
+    stack: Stack
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight."""
+        return self.workload.precision.itemsize
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Bytes of a kept gradient element."""
+        return 4.0 if self.weight_bytes == 4 else self.stack.gradient_bytes
+
+    @property
+    def reduce_bytes(self) -> float:
+        """Bytes of a gradient element while it is reduced over data parallel ranks."""
+        return 4.0 if self.weight_bytes == 4 else self.stack.reduce_bytes

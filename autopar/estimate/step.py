@@ -1,0 +1,116 @@
+"""Step time of plans from the work of their pipeline ranks: pipeline, data parallel, optimizer, as named terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autopar.estimate.arrays import PlanArrays
+from autopar.estimate.dataparallel import exposed_data_parallel
+from autopar.estimate.pieces import Floats
+from autopar.estimate.setting import Setting
+from autopar.estimate.stages import RankWork
+from costmodels.collectives import collective_seconds
+from costmodels.compute import stream_seconds
+from costmodels.memory import optimizer_bytes_per_parameter, sharded
+from costmodels.pipeline import pipeline_seconds
+
+TERMS = (
+    "forward", "backward", "recompute", "tensor_parallel", "context_parallel", "pipeline_bubble", "pipeline_transfer",
+    "processor_sharing", "gradient_accumulation", "data_parallel", "optimizer",
+)  # fmt: skip
+"""Names of the parts of a step. They add up to it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineEnds:
+    """When the passes of every rank end, [plans, ranks], and how much longer sharing processors made them."""
+
+    ends: Floats
+    sharing: Floats
+
+
+def transfer_seconds(setting: Setting, plans: PlanArrays, boundary: Floats) -> Floats:
+    """One transfer of ``boundary`` bytes between pipeline neighbours, [plans]."""
+    stride = plans.dp * plans.cp * plans.tp
+    seconds = collective_seconds(setting.cluster, "send", 2, stride, boundary, setting.stack.algorithms)
+    return np.asarray(np.where(plans.pp > 1, seconds, 0.0))
+
+
+def closed_form_ends(plans: PlanArrays, work: RankWork, num_microbatches: Floats, transfer: Floats) -> PipelineEnds:
+    """Ends on processors of their own: the closed form for the first rank; later ranks end as many backwards sooner."""
+    passes = work.pass_seconds
+    end = pipeline_seconds(
+        passes.max(axis=1), passes.sum(axis=1), plans.pp, num_microbatches, plans.vp, transfer,
+        all_forward_first=plans.gpipe,
+    )  # fmt: skip
+    sooner = (work.backward_seconds + transfer[:, None]) / plans.vp[:, None]
+    before = np.cumsum(sooner, axis=1) - sooner
+    return PipelineEnds(ends=end[:, None] - before, sharing=np.zeros_like(before))
+
+
+def step_terms(
+    setting: Setting, plans: PlanArrays, work: RankWork, num_microbatches: Floats, transfer: Floats, ends: PipelineEnds
+) -> dict[str, Floats]:
+    """Parts of the step, each [plans], named as in TERMS; their sum is the step time.
+
+    The step ends with the rank that is last through its passes, its data parallel communication and its optimizer.
+    Passes are those of the slowest rank; what the pipeline adds to them is bubble and transfers.
+    """
+    slowdown = setting.cluster.slowdown(active_ranks(setting, plans))
+    accumulate = _accumulation(setting, work, num_microbatches) * slowdown
+    update = _update(setting, plans, work) * slowdown
+    data = exposed_data_parallel(setting, plans, work, num_microbatches)
+    last = np.argmax(ends.ends + data + update + accumulate, axis=1)
+    slowest = np.argmax(work.pass_seconds, axis=1)
+    m = num_microbatches
+
+    def of(quantity: Any, rank: Any) -> Floats:
+        chosen: Floats = np.take_along_axis(np.asarray(quantity), rank[:, None], axis=1)[:, 0]
+        return chosen
+
+    terms = {
+        "forward": m * of(work.forward, slowest),
+        "backward": m * of(work.backward, slowest),
+        "recompute": m * of(work.recompute, slowest),
+        "tensor_parallel": m * of(work.tensor, slowest),
+        "context_parallel": m * of(work.context, slowest),
+    }
+    moved = pipeline_seconds(0.0, 0.0, plans.pp, m, plans.vp, transfer, all_forward_first=plans.gpipe)
+    finished, sharing = of(ends.ends, last), of(ends.sharing, last)
+    busy = sum(terms.values(), np.zeros_like(m))
+    terms["pipeline_transfer"] = np.minimum(moved, np.maximum(finished - sharing - busy, 0.0))
+    terms["processor_sharing"] = sharing
+    terms["pipeline_bubble"] = finished - busy - terms["pipeline_transfer"] - sharing
+    terms["gradient_accumulation"] = of(accumulate, last)
+    terms["data_parallel"] = of(data, last)
+    terms["optimizer"] = of(update, last)
+    return {name: terms[name] for name in TERMS}
+
+
+def active_ranks(setting: Setting, plans: PlanArrays) -> int:
+    """Ranks of one machine that compute at once when all do; plans of one search use equally many ranks."""
+    machine = setting.cluster.ranks_per_machine or setting.cluster.devices_per_node
+    return min(machine, int(plans.world_size.max(initial=1)))
+
+
+def _accumulation(setting: Setting, work: RankWork, num_microbatches: Floats) -> Floats:
+    """Adding every microbatch's gradients but the first to the sum: two reads and a write per weight.
+
+    A product that accumulates in its epilogue saves one of the reads.
+    """
+    times = (num_microbatches - 1)[:, None]
+    moved = (2 if setting.stack.fused_accumulation else 3) * setting.gradient_bytes * work.parameters
+    return times * np.asarray(stream_seconds(setting.cluster.device, moved, "elementwise", ops=0.0))
+
+
+def _update(setting: Setting, plans: PlanArrays, work: RankWork) -> Floats:
+    """Optimizer step: state read and written, gradient read, weight written (and read, where it has no master copy)."""
+    width, stack = setting.weight_bytes, setting.stack
+    state = optimizer_bytes_per_parameter(setting.workload.optimizer.value, width, stack.master_weights)
+    has_master = stack.master_weights and width < 4
+    moved = 2 * state + setting.gradient_bytes + width * (1 if has_master else 2)
+    local = sharded(work.parameters * moved, plans.zero[:, None], 1, plans.dp_shard[:, None])
+    return np.asarray(stream_seconds(setting.cluster.device, local, "optimizer", ops=1.0))
