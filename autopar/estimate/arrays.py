@@ -47,6 +47,16 @@ class PlanArrays:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def shards(self) -> Ints:
+        """Ranks that share sharded state: context parallel ranks hold equal weights, so they shard as well."""
+        return np.where(self.zero > 0, self.dp_shard * self.cp, 1)
+
+    @property
+    def replicas(self) -> Ints:
+        """Groups of equal gradients, each of ``shards`` ranks."""
+        return self.dp * self.cp // self.shards
+
+    @property
     def world_size(self) -> Ints:
         """Ranks of each plan."""
         return self.tp * self.cp * self.pp * self.dp

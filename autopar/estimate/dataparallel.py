@@ -18,12 +18,13 @@ def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, n
     """Replicated gradients in buckets beside the last backward; sharded state by gathers and scatters.
 
     ZeRO-1 and ZeRO-2 gather the parameters once a step and scatter the gradients once; ZeRO-3 gathers them for every
-    forward and every backward. Replicas around sharded groups add an all_reduce of the shard.
+    forward and every backward. Replicas around sharded groups add an all_reduce of the shard. Context parallel ranks
+    have equal weights and unlike gradients: they count as data parallel ranks here.
     """
     column = (slice(None), None)
-    replicas, shards, zero = plans.dp_replicate[column], plans.dp_shard[column], plans.zero[column]
+    replicas, shards, zero = plans.replicas[column], plans.shards[column], plans.zero[column]
     gradient = work.parameters * setting.reduce_bytes
-    stride = (plans.tp * plans.cp)[column]
+    stride = plans.tp[column]
     replicated = _replicated(setting, plans, work, gradient, stride)
     gather = _seconds(setting, "all_gather", shards, stride, work.parameters * setting.weight_bytes)
     scatter = _seconds(setting, "reduce_scatter", shards, stride, gradient)
@@ -41,7 +42,7 @@ def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, n
 
 def _replicated(setting: Setting, plans: PlanArrays, work: RankWork, gradient: Floats, stride: Any) -> Any:
     stack = setting.stack
-    ranks = plans.dp_replicate[:, None]
+    ranks = plans.replicas[:, None]
     buckets = np.maximum(1.0, np.ceil(gradient / stack.bucket_bytes))
     communication = buckets * _seconds(setting, "all_reduce", ranks, stride, gradient / buckets)
     if not stack.bucketed_overlap or setting.cluster.link_uses_host:

@@ -43,7 +43,7 @@ def rank_memory(setting: Setting, plans: PlanArrays, work: RankWork, num_microba
     """Peak of every rank. ``num_microbatches`` is [plans]; the other arrays are [plans, ranks]."""
     stack, column = setting.stack, (slice(None), None)
     ranks = work.parameters.shape[1]
-    zero, shards = plans.zero[column], plans.dp_shard[column]
+    zero, shards = plans.zero[column], plans.shards[column]
     m = num_microbatches[column]
     flight = in_flight(
         np.arange(ranks)[None, :], plans.pp[column], m, plans.vp[column], all_forward_first=plans.gpipe[column]
@@ -55,7 +55,7 @@ def rank_memory(setting: Setting, plans: PlanArrays, work: RankWork, num_microba
     optimizer = sharded(work.parameters * state, zero, 1, shards)
     gathered = _gathered_bytes(setting, plans, work)
 
-    replicated = (zero == 0) & (plans.dp[column] > 1)
+    replicated = (zero == 0) & (plans.replicas[column] > 1)
     early = (m > flight) | (replicated & stack.persistent_buckets)
     full = work.kept * flight + work.block_kept
     late = work.kept * np.maximum(flight - 1, 0.0)
@@ -83,6 +83,6 @@ def _gathered_bytes(setting: Setting, plans: PlanArrays, work: RankWork) -> Floa
     zero = plans.zero[:, None]
     block = work.block_parameters * setting.weight_bytes
     gradient = work.block_parameters * setting.gradient_bytes
-    sharded_axis = plans.dp_shard[:, None] > 1
+    sharded_axis = plans.shards[:, None] > 1
     some = block * setting.stack.gathered_blocks + gradient
     return np.where(sharded_axis & (zero == 3), some, np.where(sharded_axis & (zero == 2), gradient, 0.0))

@@ -71,7 +71,7 @@ def step_terms(
         chosen: Floats = np.take_along_axis(np.asarray(quantity), rank[:, None], axis=1)[:, 0]
         return chosen
 
-    terms = {
+    terms: dict[str, Floats] = {
         "forward": m * of(work.forward, slowest),
         "backward": m * of(work.backward, slowest),
         "recompute": m * of(work.recompute, slowest),
@@ -80,7 +80,7 @@ def step_terms(
     }
     moved = pipeline_seconds(0.0, 0.0, plans.pp, m, plans.vp, transfer, all_forward_first=plans.gpipe)
     finished, sharing = of(ends.ends, last), of(ends.sharing, last)
-    busy = sum(terms.values(), np.zeros_like(m))
+    busy: Floats = sum(terms.values(), np.zeros_like(m))
     terms["pipeline_transfer"] = np.minimum(moved, np.maximum(finished - sharing - busy, 0.0))
     terms["processor_sharing"] = sharing
     terms["pipeline_bubble"] = finished - busy - terms["pipeline_transfer"] - sharing
@@ -103,7 +103,8 @@ def _accumulation(setting: Setting, work: RankWork, num_microbatches: Floats) ->
     """
     times = (num_microbatches - 1)[:, None]
     moved = (2 if setting.stack.fused_accumulation else 3) * setting.gradient_bytes * work.parameters
-    return times * np.asarray(stream_seconds(setting.cluster.device, moved, "elementwise", ops=0.0))
+    each: Floats = np.asarray(stream_seconds(setting.cluster.device, moved, "elementwise", ops=0.0))
+    return times * each
 
 
 def _update(setting: Setting, plans: PlanArrays, work: RankWork) -> Floats:
@@ -112,5 +113,5 @@ def _update(setting: Setting, plans: PlanArrays, work: RankWork) -> Floats:
     state = optimizer_bytes_per_parameter(setting.workload.optimizer.value, width, stack.master_weights)
     has_master = stack.master_weights and width < 4
     moved = 2 * state + setting.gradient_bytes + width * (1 if has_master else 2)
-    local = sharded(work.parameters * moved, plans.zero[:, None], 1, plans.dp_shard[:, None])
+    local = sharded(work.parameters * moved, plans.zero[:, None], 1, plans.shards[:, None])
     return np.asarray(stream_seconds(setting.cluster.device, local, "optimizer", ops=1.0))

@@ -64,7 +64,7 @@ def enumerate_plans(setting: Setting, space: Space | None = None) -> PlanArrays:
         if cp > space.max_cp:
             continue
         microbatches = _microbatches(setting.workload.global_batch, dp)
-        shardings = _shardings(setting, tp * cp, dp)
+        shardings = _shardings(setting, tp, cp, dp)
         sequence = (0, 1) if tp > 1 else (0,)
         virtual = _virtual(setting.graph.num_blocks, pp, space.max_vp)
         rows.extend(
@@ -88,12 +88,12 @@ def _microbatches(global_batch: int, dp: int) -> tuple[int, ...]:
     return tuple(size for size in divisors(global_batch // dp) if size <= MAX_MICROBATCH)
 
 
-def _shardings(setting: Setting, inner: int, dp: int) -> list[tuple[int, int, int]]:
-    """(ZeRO stage, replicas, shards) for ``dp`` data parallel ranks that lie ``inner`` ranks apart."""
-    if dp == 1:
+def _shardings(setting: Setting, tp: int, cp: int, dp: int) -> list[tuple[int, int, int]]:
+    """(ZeRO stage, replicas, shards) for ``dp`` data parallel ranks that lie ``tp * cp`` ranks apart."""
+    if dp * cp == 1:
         return [(0, 1, 1)]
     found = []
-    in_node = max(1, setting.cluster.devices_per_node // inner)
+    in_node = max(1, setting.cluster.devices_per_node // (tp * cp))
     for zero in setting.stack.shardable:
         if zero == 0:
             found.append((0, dp, 1))

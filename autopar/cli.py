@@ -1,0 +1,237 @@
+"""The command line: reads arguments, calls the library, prints. Wrong input is one line on standard error.
+
+Exit codes: 0 fine, 1 a run failed, 2 wrong usage, 3 no feasible plan.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autopar import __version__
+from autopar.errors import EXIT_NO_PLAN, EXIT_OK, EXIT_RUN_FAILED, EXIT_USAGE, InputError, NoFeasiblePlan, RunError
+from autopar.workload import Optimizer, Precision
+
+if TYPE_CHECKING:
+    from autopar.estimate import Estimate, Setting
+
+app = typer.Typer(
+    name="autopar",
+    help="Plan, price, run and check hybrid parallel training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Argument(help="Preset (llama3-70b), Hugging Face config.json or its folder, or model.toml.")
+]
+ClusterOption = Annotated[
+    str, typer.Option("--cluster", help="DEVICE:NODESxDEVICES (h100:8x8) or cluster.toml.", show_default=False)
+]
+Batch = Annotated[int, typer.Option("--global-batch", min=1, help="Sequences per optimizer step.", show_default=False)]
+SeqLen = Annotated[int, typer.Option("--seq-len", min=1, help="Tokens per sequence.", show_default=False)]
+PrecisionOption = Annotated[Precision, typer.Option(help="Type of weights and activations.")]
+OptimizerOption = Annotated[Optimizer, typer.Option(help="Update rule.")]
+StackOption = Annotated[str, typer.Option("--stack", help="Training software that the estimate assumes.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
+OutOption = Annotated[Path | None, typer.Option("-o", "--out", help="Folder for files.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"autopar {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def _setting(
+    model: str, cluster: str, batch: int, seq_len: int, precision: Precision, optimizer: Optimizer, stack: str
+) -> tuple[Any, Setting]:
+    from autopar.estimate import Setting
+    from autopar.model.build import build_graph
+    from autopar.model.load import load_model
+    from autopar.workload import Workload
+    from costmodels.hardware import load_cluster
+    from costmodels.stack import load_stack
+
+    spec = load_model(model)
+    workload = Workload(global_batch=batch, seq_len=seq_len, precision=precision, optimizer=optimizer)
+    hardware = load_cluster(cluster)
+    hardware.device.peak(precision.value)
+    graph = build_graph(spec, seq_len=seq_len, precision=precision)
+    return spec, Setting(graph=graph, workload=workload, cluster=hardware, stack=load_stack(stack))
+
+
+def _as_json(estimate: Estimate) -> dict[str, Any]:
+    """One plan as printed by ``--json``: seconds, GiB and plain ratios."""
+    from costmodels.units import GIB, TFLOPS
+
+    plan, layout = estimate.plan, estimate.plan.layout
+    return {
+        "slug": plan.slug,
+        "step_s": estimate.step_s,
+        "memory_gib": estimate.memory_gib,
+        "mfu": estimate.mfu,
+        "tokens_per_s_per_gpu": estimate.tokens_per_s_per_gpu,
+        "model_tflops_per_gpu": estimate.model_flops_per_s_per_gpu / TFLOPS,
+        "peak_tflops": estimate.peak_flops / TFLOPS,
+        "flops_convention": estimate.flops_convention,
+        "tp": layout.tp, "pp": layout.pp, "vp": layout.vp, "cp": layout.cp, "dp": layout.dp,
+        "dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard, "zero": plan.zero_stage,
+        "microbatch": plan.microbatch_size, "recompute": plan.recompute.value, "schedule": plan.schedule.value,
+        "sequence_parallel": plan.sequence_parallel,
+        "bubble_s": estimate.bubble_s,
+        "exposed_communication_s": estimate.exposed_communication_s,
+        "breakdown_s": dict(estimate.breakdown),
+        "memory_items_gib": {name: size / GIB for name, size in estimate.memory.items()},
+        "memory_per_rank_gib": [size / GIB for size in estimate.memory_per_rank],
+    }  # fmt: skip
+
+
+@app.command()
+def plan(
+    model: Model,
+    cluster: ClusterOption,
+    global_batch: Batch,
+    seq_len: SeqLen,
+    precision: PrecisionOption = Precision.BF16,
+    optimizer: OptimizerOption = Optimizer.ADAMW,
+    stack: StackOption = "megatron-core",
+    top: Annotated[int, typer.Option(min=1, help="Plans to show.")] = 10,
+    as_json: JsonFlag = False,
+    out: OutOption = None,
+) -> None:
+    """Rank the parallel plans of a model on a cluster, from data sheets alone."""
+    from autopar.plan import PlanFile, write_plan_file
+    from autopar.search.exhaustive import search
+    from autopar.search.reason import reason
+
+    spec, setting = _setting(model, cluster, global_batch, seq_len, precision, optimizer, stack)
+    result = search(setting, top=top)
+    best = result.best[0]
+    if as_json:
+        plans = [{"rank": i + 1, **_as_json(e), "reason": reason(e, best)} for i, e in enumerate(result.best)]
+        found = {
+            "considered": result.considered,
+            "feasible": result.feasible,
+            "rejected": dict(result.rejected),
+            "seconds": result.seconds,
+        }
+        print(json.dumps({"schema_version": 1, "plans": plans, "search": found, "assumptions": best.assumptions}))
+    else:
+        from autopar.report.tables import print_search
+
+        print_search(setting, result)
+    if out is not None:
+        content = PlanFile(
+            slug=best.plan.slug,
+            model=spec,
+            workload=setting.workload,
+            plan=best.plan,
+            predicted={"step_s": best.step_s, "memory_gib": best.memory_gib, "mfu": best.mfu},
+        )
+        write_plan_file(out / "plan.json", content)
+        _say(f"wrote {out / 'plan.json'}")
+
+
+@app.command()
+def estimate(
+    model: Model,
+    slug: Annotated[str, typer.Argument(help="Plan, such as tp8.pp4.vp2.cp1.dp2.z1.mb1.ac-none.sp")],
+    cluster: ClusterOption,
+    global_batch: Batch,
+    seq_len: SeqLen,
+    precision: PrecisionOption = Precision.BF16,
+    optimizer: OptimizerOption = Optimizer.ADAMW,
+    stack: StackOption = "megatron-core",
+    as_json: JsonFlag = False,
+    out: OutOption = None,
+) -> None:
+    """Price one plan: step time by terms, memory by items, and what the numbers rest on."""
+    from autopar.estimate import estimate as price
+    from autopar.plan import parse_slug
+
+    _, setting = _setting(model, cluster, global_batch, seq_len, precision, optimizer, stack)
+    result = price(setting, parse_slug(slug))
+    document = {"schema_version": 1, **_as_json(result), "assumptions": list(result.assumptions)}
+    if as_json:
+        print(json.dumps(document))
+    else:
+        from autopar.report.tables import print_estimate
+
+        print_estimate(result)
+    if out is not None:
+        from costmodels.records import write_json
+
+        write_json(out / "estimate.json", document)
+        _say(f"wrote {out / 'estimate.json'}")
+
+
+@app.command()
+def models() -> None:
+    """List the models, devices and stacks that ship with the program."""
+    from autopar.model.presets import preset_names
+    from costmodels.hardware import device_names
+    from costmodels.stack import stack_names
+
+    for title, names in (("models", preset_names()), ("devices", device_names()), ("stacks", stack_names())):
+        print(f"{title}: {', '.join(names)}")
+
+
+def _say(text: str) -> None:
+    """Progress and notices go to standard error, so that standard output stays a result."""
+    print(text, file=sys.stderr)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit code; every error that a user can cause is one message."""
+    from typer.main import get_command
+
+    try:
+        result = get_command(app).main(args=arguments, prog_name="autopar", standalone_mode=False)
+        return result if isinstance(result, int) else EXIT_OK
+    except InputError as error:
+        return _fail(str(error), EXIT_USAGE)
+    except NoFeasiblePlan as error:
+        return _fail(str(error), EXIT_NO_PLAN)
+    except RunError as error:
+        return _fail(str(error), EXIT_RUN_FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader has seen enough, as in `autopar plan ... | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            return _fail(error.format_message(), EXIT_USAGE)
+        if type(error).__name__ in ("Exit", "Abort"):
+            return int(getattr(error, "exit_code", EXIT_RUN_FAILED))
+        if os.environ.get("AUTOPAR_DEBUG"):
+            raise
+        return _fail(
+            f"internal error: {type(error).__name__}: {error}. This is a bug of autopar; AUTOPAR_DEBUG=1 shows where",
+            EXIT_RUN_FAILED,
+        )
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"autopar: error: {message}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """Entry point of the ``autopar`` command."""
+    sys.exit(run())

@@ -1,0 +1,81 @@
+"""Words for plans, terms and memory items, short enough for an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from autopar.plan import Plan, Recompute, default_schedule
+
+TERM_LABELS = {
+    "forward": "forward",
+    "backward": "backward",
+    "recompute": "recomputation",
+    "tensor_parallel": "tensor parallel",
+    "context_parallel": "context parallel",
+    "pipeline_bubble": "pipeline bubble",
+    "pipeline_transfer": "pipeline transfers",
+    "processor_sharing": "shared processors",
+    "gradient_accumulation": "gradient accumulation",
+    "data_parallel": "data parallel",
+    "optimizer": "optimizer",
+}
+
+MEMORY_LABELS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "activations": "activations",
+    "working": "working tensors",
+    "buffers": "gathered parameters",
+    "reserve": "reserve",
+}
+
+
+def sharding_name(plan: Plan) -> str:
+    """``-``, ``ZeRO-2``, or ``ZeRO-3 x2`` for two replicas of sharded groups."""
+    if plan.zero_stage == 0:
+        return "-"
+    replicas = plan.layout.dp_replicate
+    return f"ZeRO-{plan.zero_stage}" + (f" x{replicas}" if replicas > 1 else "")
+
+
+def layout_name(plan: Plan) -> str:
+    """The degrees that are used, and how data parallelism shards: ``tp2 pp2``, ``dp4 ZeRO-3``, ``1 rank``."""
+    layout = plan.layout
+    parts = [
+        f"{axis}{degree}"
+        for axis, degree in (
+            ("tp", layout.tp), ("pp", layout.pp), ("vp", layout.vp), ("cp", layout.cp), ("dp", layout.dp),
+        )
+        if degree > 1
+    ]  # fmt: skip
+    if plan.sequence_parallel:
+        parts.insert(1, "sp")
+    if plan.zero_stage:
+        parts.append(sharding_name(plan))
+    return " ".join(parts) or "1 rank"
+
+
+_DETAILS: tuple[Callable[[Plan], str], ...] = (
+    lambda plan: f"mb{plan.microbatch_size}",
+    lambda plan: "" if plan.recompute is Recompute.NONE else f"ac-{plan.recompute}",
+    lambda plan: "" if plan.schedule is default_schedule(plan.layout.vp) else str(plan.schedule),
+    lambda plan: "/".join(map(str, plan.stage_blocks)),
+)
+
+
+def short_names(plans: Sequence[Plan]) -> dict[str, str]:
+    """A name for every plan by slug, different for different plans, with no more detail than that takes."""
+    slugs = list(dict.fromkeys(plan.slug for plan in plans))
+    of_slug = {plan.slug: plan for plan in plans}
+    names = {slug: layout_name(of_slug[slug]) for slug in slugs}
+    for detail in _DETAILS:
+        groups: dict[str, list[str]] = {}
+        for slug, name in names.items():
+            groups.setdefault(name, []).append(slug)
+        for name, alike in groups.items():
+            words = {slug: detail(of_slug[slug]) for slug in alike}
+            if len(set(words.values())) > 1:
+                names.update({slug: f"{name} {word}".rstrip() for slug, word in words.items()})
+    assert len(set(names.values())) == len(slugs), "different plans have different names"
+    return names

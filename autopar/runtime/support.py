@@ -1,0 +1,134 @@
+"""Which plans this executor runs, told without importing torch, so that a planner can ask.
+
+What every plan must obey (``autopar.plan.violations``) is not repeated here, except for what the executor itself
+relies on when a user calls it with a module of their own.
+"""
+
+from __future__ import annotations
+
+from autopar.errors import PlanError
+from autopar.model.spec import ModelSpec
+from autopar.plan import Plan, Recompute, Rejected, ScheduleName
+from autopar.workload import Precision, Workload
+
+
+def unsupported(plan: Plan, spec: ModelSpec | None = None, num_microbatches: int | None = None) -> tuple[Rejected, ...]:
+    """Every reason why this executor cannot run a plan, each with what to use instead; empty if it can.
+
+    Args:
+        plan: the plan.
+        spec: numbers of the model; None for a module without them, whose own limits are then found while it is
+            divided.
+        num_microbatches: forward passes per step and data parallel rank; None leaves out what depends on it.
+    """
+    found = _unsupported_layout(plan)
+    if spec is not None:
+        found += _unsupported_model(plan, spec)
+    if num_microbatches is not None:
+        found += _unsupported_microbatches(plan, num_microbatches)
+    return tuple(found)
+
+
+def check_supported(plan: Plan, spec: ModelSpec | None = None, num_microbatches: int | None = None) -> None:
+    """Raise PlanError with every reason of ``unsupported``."""
+    found = unsupported(plan, spec, num_microbatches)
+    if found:
+        raise PlanError(f"plan {plan.slug} cannot be run here: " + "; ".join(reason.detail for reason in found))
+
+
+def unsupported_workload(workload: Workload) -> tuple[Rejected, ...]:
+    """Reasons why this executor cannot train a workload under any plan."""
+    if workload.precision is Precision.FP16:
+        return (_reject("precision", "fp16 needs loss scaling, which this executor does not have: use bf16 or fp32"),)
+    return ()
+
+
+def _reject(reason: str, detail: str, **numbers: float) -> Rejected:
+    return Rejected(reason=reason, detail=detail, numbers=numbers)
+
+
+def _unsupported_layout(plan: Plan) -> list[Rejected]:
+    layout, found = plan.layout, []
+    if layout.cp > 1:
+        found.append(
+            _reject("context parallel", f"cp={layout.cp} is not supported: use cp=1 and tp or dp", cp=layout.cp)
+        )
+    if plan.zero_stage == 1 and layout.dp > 1:
+        found.append(
+            _reject("zero stage", "zero_stage=1 is not supported: use 0 (DDP), 2 or 3 (fully sharded)", zero_stage=1)
+        )
+    if plan.recompute is Recompute.SELECTIVE:
+        found.append(_reject("recompute", "selective recomputation is not supported: use none or full"))
+    if layout.vp > 1 and plan.zero_stage == 0 and layout.dp > 1:
+        found.append(
+            _reject(
+                "interleaved with DDP",
+                f"vp={layout.vp} with dp={layout.dp} and zero_stage=0 is not supported, since DDP keeps one stage per "
+                "rank: use zero_stage 2 or 3, or vp=1",
+                vp=layout.vp, dp=layout.dp,
+            )
+        )  # fmt: skip
+    if plan.schedule is ScheduleName.INTERLEAVED and layout.pp > 1 and layout.vp == 1:
+        found.append(_reject("schedule", "the interleaved schedule needs vp>=2: use 1f1b with vp=1", vp=1))
+    if plan.sequence_parallel and layout.tp == 1:
+        found.append(_reject("sequence parallel", "sequence parallelism divides over tp ranks: use tp>=2 or drop sp"))
+    return found
+
+
+def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
+    layout, found = plan.layout, []
+    if layout.tp > 1 and spec.fused_qkv:
+        found.append(
+            _reject(
+                "fused qkv",
+                f"tp={layout.tp} would mix query, key and value of a fused projection: use a model with fused_qkv=false",
+                tp=layout.tp,
+            )
+        )
+    if layout.pp > 1 and spec.tied_embeddings:
+        found.append(
+            _reject(
+                "tied embeddings",
+                f"pp={layout.pp} puts embedding and head on different ranks, but they share their weights: use pp=1 "
+                "or tied_embeddings=false",
+                pp=layout.pp,
+            )
+        )
+    for name, size in (
+        ("query heads", spec.num_heads), ("key-value heads", spec.num_kv_heads), ("feed-forward width", spec.ffn_size)
+    ):  # fmt: skip
+        if size % layout.tp:
+            found.append(
+                _reject(
+                    name, f"tp={layout.tp} does not divide the {name}, {size}: use a divisor", tp=layout.tp, size=size
+                )
+            )
+    if plan.num_stages > spec.num_layers:
+        found.append(
+            _reject(
+                "stages", f"pp*vp={plan.num_stages} stages for {spec.num_layers} blocks: use {spec.num_layers} or fewer",
+                stages=plan.num_stages, blocks=spec.num_layers,
+            )
+        )  # fmt: skip
+    elif plan.stage_blocks and sum(plan.stage_blocks) != spec.num_layers:
+        found.append(
+            _reject(
+                "stages", f"stage_blocks adds up to {sum(plan.stage_blocks)} of {spec.num_layers} blocks",
+                assigned=sum(plan.stage_blocks), blocks=spec.num_layers,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _unsupported_microbatches(plan: Plan, num_microbatches: int) -> list[Rejected]:
+    pp = plan.layout.pp
+    if pp > 1 and plan.schedule is ScheduleName.ONE_F_ONE_B and num_microbatches < pp:
+        detail = (
+            f"1f1b over pp={pp} stages takes at least {pp} microbatches, not {num_microbatches}: use a smaller "
+            "microbatch or sched-gpipe"
+        )
+        return [_reject("microbatches", detail, microbatches=num_microbatches, pp=pp)]
+    if pp > 1 and plan.schedule is ScheduleName.INTERLEAVED and num_microbatches % pp:
+        detail = f"the interleaved schedule takes a multiple of pp={pp} microbatches, not {num_microbatches}"
+        return [_reject("microbatches", detail, microbatches=num_microbatches, pp=pp)]
+    return []
