@@ -159,11 +159,11 @@ def stream_bytes(kind: str, phase: str, dims: Mapping[str, int], itemsize: int) 
     T tokens, h width, V vocabulary, P parameters, e itemsize. normalization and activation: forward 2The (read,
     write), backward 3The (read gradient and input, write gradient). elementwise: forward 3The (an addition), backward
     0 (it passes the gradient on). embedding: forward 2The, backward 2The + Vhe (the dense gradient is zeroed first).
-    loss: 3TVe each way (cross entropy from logits). optimizer: 28P (AdamW in fp32: read parameter, gradient and two
-    moments, write parameter and moments); an optimizer has no backward.
+    loss: 3TVe each way (cross entropy from logits). optimizer: 7Pe (AdamW: read parameter, gradient and two
+    moments, write parameter and moments; 28 bytes in fp32); it has no backward.
     """
     if kind == "optimizer":
-        return 28.0 * dims["parameters"]
+        return 7.0 * dims["parameters"] * itemsize
     backward = phase == "backward"
     if kind == "loss":
         return 3.0 * dims["tokens"] * dims["vocab"] * itemsize

@@ -55,7 +55,7 @@ def check_columns(columns: Sequence[Column]) -> int:
 def fitting(columns: Sequence[Column], width: int, *, gap: int = 2) -> list[Column]:
     """The columns that fit into ``width`` characters, the least important dropped; later ones first where equal."""
     kept = list(columns)
-    while sum(column.width for column in kept) + gap * len(kept) > width:
+    while sum(column.width for column in kept) + gap * (len(kept) - 1) > width:
         droppable = [column for column in kept if column.drop != KEEP]
         if not droppable:
             break
@@ -78,7 +78,7 @@ def terminal_table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        width=None,
+        padding=(0, 1, 0, 0),
         title_style="bold",
         title_justify="left",
         caption_justify="left",
@@ -90,7 +90,7 @@ def terminal_table(
             Text(column.header),
             justify="left" if column.text else "right",
             no_wrap=not column.wraps,
-            overflow="fold" if column.wraps else "ignore",
+            overflow="fold" if column.wraps else "crop",
             min_width=column.width if not column.wraps else None,
         )
     for row in range(check_columns(columns)):

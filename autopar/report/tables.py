@@ -42,8 +42,8 @@ def plan_columns(estimates: Sequence[Estimate], *, device: str = "GPU") -> list[
         number("mb", [str(p.microbatch_size) for p in plans]),
         Column(header="recompute", cells=tuple(str(p.recompute) for p in plans), text=True, drop=6),
         number(f"step {unit}", [significant(e.step_s / scale) for e in estimates]),
-        number(f"tokens/s/{device}", [significant(e.tokens_per_s_per_gpu) for e in estimates], 2),
-        number(f"TFLOP/s/{device}", [significant(e.model_flops_per_s_per_gpu / TFLOPS) for e in estimates], 5),
+        number(f"tok/s/{device}", [significant(e.tokens_per_s_per_gpu) for e in estimates], 2),
+        number(f"TF/s/{device}", [significant(e.model_flops_per_s_per_gpu / TFLOPS) for e in estimates], 5),
         number("MFU", [percent(e.mfu) for e in estimates], 1),
         number("GiB", [f"{e.memory_gib:.2f}" for e in estimates]),
         number("bubble", [percent(e.bubble_s / e.step_s) for e in estimates], 3),
@@ -63,7 +63,7 @@ def reason_columns(estimates: Sequence[Estimate]) -> list[Column]:
 def plans_caption(estimate: Estimate, *, device: str = "GPU") -> str:
     """What the columns of a plans table mean."""
     return (
-        f"mb: sequences per microbatch. MFU and TFLOP/s count {estimate.flops_convention}; the peak is "
+        f"mb: sequences per microbatch. tok: tokens. MFU and TF/s (TFLOP/s) count {estimate.flops_convention}; the peak is "
         f"{significant(estimate.peak_flops / TFLOPS)} TFLOP/s per {device}, dense. GiB: peak of the fullest rank. "
         "bubble, comm: share of the step spent waiting in the pipeline, and in communication that compute does not hide."
     )
@@ -129,6 +129,7 @@ def rank_memory_columns(estimate: Estimate) -> list[Column]:
 def plan_detail(estimate: Estimate, *, width: int = 120, device: str = "GPU") -> RenderableType:
     """One plan: headline, where its time and memory go, peaks by rank, and what the numbers rest on."""
     from rich.console import Group
+    from rich.padding import Padding
     from rich.text import Text
 
     scale, unit = time_scale(estimate.step_s)
@@ -149,7 +150,7 @@ def plan_detail(estimate: Estimate, *, width: int = 120, device: str = "GPU") ->
     ]
     spaced = [part for table in tables for part in (table, Text())]
     caption = Text(plans_caption(estimate, device=device) + "\n", style="dim")
-    assumptions = [Text(f"  {line}", style="dim", overflow="fold") for line in estimate.assumptions]
+    assumptions = [Padding(Text(line, style="dim"), (0, 0, 0, 2)) for line in estimate.assumptions]
     return Group(headline, *spaced, caption, Text("Where the numbers come from", style="bold"), *assumptions)
 
 

@@ -83,7 +83,7 @@ def group_calls(trace: Trace, root_name: str) -> list[Group]:
     used: set[str] = set()
     producer: dict[int, Group] = {}
     homeless: list[Call] = []
-    for calls in _bundles(trace):
+    for calls, whole_leaf in _bundles(trace):
         computing = [call for call in calls if call.computes]
         if not computing:
             for call in calls:
@@ -93,8 +93,8 @@ def group_calls(trace: Trace, root_name: str) -> list[Group]:
                 else:
                     homeless.append(call)
             continue
-        group = Group(name="", module=calls[0].module, function=computing[0].function, calls=calls)
-        group.name = _unique(_base_name(group, computing, trace, root_name), names, used)
+        name = _unique(_base_name(computing[0], whole_leaf, root_name), names, used)
+        group = Group(name=name, module=calls[0].module, function=computing[0].function, calls=calls)
         for call in (*homeless, *calls):
             group.take(call)
         homeless.clear()
@@ -109,8 +109,11 @@ def group_calls(trace: Trace, root_name: str) -> list[Group]:
     return groups
 
 
-def _bundles(trace: Trace) -> Iterable[list[Call]]:
-    """Calls that belong together: those of one run of a leaf module, unless it holds several products; the loss."""
+def _bundles(trace: Trace) -> Iterable[tuple[list[Call], bool]]:
+    """Calls that belong together, and whether they are a whole leaf module.
+
+    One run of a leaf module belongs together unless it holds several products; so does the loss.
+    """
     bundles: dict[object, list[Call]] = {}
     for index, call in enumerate(trace.calls):
         key: object = index
@@ -119,33 +122,25 @@ def _bundles(trace: Trace) -> Iterable[list[Call]]:
         elif call.module in trace.leaves:
             key = (call.module, call.module_call)
         bundles.setdefault(key, []).append(call)
-    for calls in bundles.values():
-        heavy = sum(bool(call.flops or call.attention) for call in calls)
-        if heavy > 1 and calls[0].in_model:
-            yield from ([call] for call in calls)
+    for key, calls in bundles.items():
+        products = sum(bool(call.flops or call.attention) for call in calls)
+        if products > 1 and key != LOSS:
+            yield from (([call], False) for call in calls)
         else:
-            yield calls
+            yield calls, isinstance(key, tuple)
 
 
-def _base_name(group: Group, computing: list[Call], trace: Trace, root_name: str) -> str:
-    if not group.in_model:
+def _base_name(call: Call, whole_leaf: bool, root_name: str) -> str:
+    """Path of a leaf module; elsewhere the path and the function, or its kernel where it is only one."""
+    if not call.in_model:
         return LOSS
-    heavy = sum(bool(call.flops or call.attention) for call in computing)
-    whole_leaf = group.module in trace.leaves and (len(group.calls) > 1 or heavy < 2)
-    if whole_leaf and not _leaf_is_split(trace, group):
-        return group.module or root_name
-    call = computing[0]
+    if whole_leaf:
+        return call.module or root_name
+    kernels = [kernel for kernel in call.forward if kernel.reads]
+    function = kernels[0].name if len(kernels) == 1 else call.function
     if call.attention is not None:
         function = "sdpa"
-    else:
-        kernels = [kernel for kernel in call.forward if kernel.reads]
-        function = kernels[0].name if len(kernels) == 1 else call.function
-    return f"{group.module}.{function}" if group.module else function
-
-
-def _leaf_is_split(trace: Trace, group: Group) -> bool:
-    key = (group.calls[0].module, group.calls[0].module_call)
-    return sum(bool(c.flops or c.attention) for c in trace.calls if (c.module, c.module_call) == key) > 1
+    return f"{call.module}.{function}" if call.module else function
 
 
 def _unique(base: str, names: defaultdict[str, int], used: set[str]) -> str:

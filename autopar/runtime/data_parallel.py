@@ -1,0 +1,59 @@
+"""Data parallelism: DDP for replicas, FSDP2 for ZeRO stages 2 and 3; gradients are reduced once per step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from autopar.plan import Plan
+from autopar.runtime.mesh import DATA_AXES, submesh
+
+
+def replicate_or_shard(module: nn.Module, mesh: DeviceMesh | None, plan: Plan, blocks: Iterable[str]) -> nn.Module:
+    """Wrap a module (the whole model or a stage) for the data parallel axes of a mesh; without any, return it as it is.
+
+    ZeRO stage 0 is DDP. Stages 2 and 3 are ``fully_shard`` of each block and then of the rest; stage 2 keeps gathered
+    parameters from forward to backward, stage 3 gathers them again. Two data parallel axes make hybrid sharding.
+
+    Args:
+        module: in its place on the device, divided over tensor parallel ranks if it is to be.
+        mesh: of the whole layout.
+        plan: tells the ZeRO stage.
+        blocks: names of submodules that are sharded one by one, those that ``module`` has.
+    """
+    data_mesh = submesh(mesh, *DATA_AXES) if mesh is not None else None
+    if data_mesh is None:
+        return module
+    if plan.zero_stage == 0:
+        return DistributedDataParallel(
+            module, device_mesh=data_mesh, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+    names, reshard = {name for name, _ in module.named_modules()}, plan.zero_stage == 3
+    for name in blocks:
+        if name in names:
+            fully_shard(module.get_submodule(name), mesh=data_mesh, reshard_after_forward=reshard)
+    fully_shard(module, mesh=data_mesh, reshard_after_forward=reshard)
+    return module
+
+
+@contextmanager
+def accumulating(module: nn.Module, *, last: bool, keep_gathered: bool) -> Iterator[None]:
+    """Forward and backward of one microbatch: gradients add up locally and are reduced in the last one's backward.
+
+    ``keep_gathered`` leaves sharded parameters whole between microbatches (ZeRO stage 2).
+    """
+    if isinstance(module, DistributedDataParallel) and not last:
+        with module.no_sync():
+            yield
+        return
+    if isinstance(module, FSDPModule):
+        sharded = cast(FSDPModule, module)
+        sharded.set_requires_gradient_sync(last)
+        sharded.set_reshard_after_backward(last or not keep_gathered)
+    yield

@@ -1,0 +1,204 @@
+"""Tensor and sequence parallelism by DTensor: column and row products, and what has to surround them.
+
+A *region* is a module between the input of column products and the output of row products, such as an attention.
+Its input is made a DTensor once, so that backward reduces the gradient of that input once and not per projection.
+Under sequence parallelism the stream between regions is divided along the sequence (dim 1): regions gather it and
+scatter their result. What is not a column or row product then sees only a part of the tokens, or of the heads, and
+its gradients are summed over the tensor parallel ranks once per step (as Megatron-LM does for its norms).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from autopar.errors import PlanError
+from autopar.runtime.parts import Parts
+
+COLWISE, ROWWISE = "colwise", "rowwise"
+SEQUENCE_DIM = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Region:
+    """A module with its products; ``single_input`` if its forward takes one positional argument."""
+
+    name: str
+    single_input: bool
+
+
+def resolve_plan(module: nn.Module, declared: Mapping[str, str] | None, tp: int) -> dict[str, str]:
+    """Product names of a whole model to ``colwise`` or ``rowwise``.
+
+    Args:
+        module: the whole model.
+        declared: name patterns (``*`` is one path component), or None for the module's own ``tensor_parallel_plan``.
+        tp: tensor parallel ranks.
+
+    Raises:
+        PlanError: nothing is declared, a pattern matches nothing or not a Linear, or tp does not divide one.
+    """
+    patterns = declared if declared is not None else getattr(module, "tensor_parallel_plan", None)
+    if not patterns:
+        raise PlanError(
+            f"tp={tp} needs to know which products to divide: pass tensor_parallel_plan={{'blocks.*.mlp.up': 'colwise', "
+            "'blocks.*.mlp.down': 'rowwise', ...} or declare it on the module, or use tp=1"
+        )
+    found: dict[str, str] = {}
+    for pattern, style in patterns.items():
+        if style not in (COLWISE, ROWWISE):
+            raise PlanError(f"tensor_parallel_plan: '{pattern}' is '{style}'; it is {COLWISE} or {ROWWISE}")
+        matches = [(name, child) for name, child in module.named_modules() if _matches(name, pattern)]
+        if not matches:
+            raise PlanError(f"tensor_parallel_plan: the model has no module named '{pattern}'")
+        for name, child in matches:
+            if not isinstance(child, nn.Linear):
+                raise PlanError(f"tensor_parallel_plan: '{name}' is a {type(child).__name__}; only Linear can be divided")
+            size = child.out_features if style == COLWISE else child.in_features
+            if size % tp:
+                raise PlanError(f"tensor_parallel_plan: tp={tp} does not divide the {size} features of '{name}'")
+            found[name] = style
+    return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def divide(
+    chain: nn.Module, mesh: DeviceMesh, products: Mapping[str, str], parts: Parts, *, sequence_parallel: bool
+) -> tuple[nn.Parameter, ...]:
+    """Divide the products of a module (the whole model or a stage) over a one-dimensional mesh, in place.
+
+    Args:
+        chain: holds parts of the model under their names in the whole.
+        mesh: the tensor parallel ranks.
+        products: as from ``resolve_plan``; those of other stages are passed over.
+        parts: of the whole model.
+        sequence_parallel: divide the stream along the sequence.
+
+    Returns:
+        Parameters whose gradients are partial: ``reduce_partial`` sums them after the last backward.
+
+    Raises:
+        PlanError: sequence parallelism, and the model's structure does not tell where the stream runs.
+    """
+    names = {name for name, _ in chain.named_modules()}
+    local = {name: style for name, style in products.items() if name in names}
+    regions = _regions(chain, local)
+    stream = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
+    styles: dict[str, ParallelStyle] = {
+        name: ColwiseParallel() if style == COLWISE else RowwiseParallel(output_layouts=stream)
+        for name, style in local.items()
+    }
+    if sequence_parallel:
+        _check_sequence_parallel(regions, parts)
+        styles |= _stream_ends(chain, parts, names)
+    for region in regions:
+        if region.single_input:
+            styles[region.name] = PrepareModuleInput(
+                input_layouts=(stream,), desired_input_layouts=(Replicate(),), use_local_output=False
+            )
+    partial = _partial_parameters(chain, local, regions, parts, sequence_parallel)
+    parallelize_module(chain, mesh, styles)
+    return partial
+
+
+def _regions(chain: nn.Module, products: Mapping[str, str]) -> tuple[_Region, ...]:
+    found: dict[str, _Region] = {}
+    for name, style in products.items():
+        region, rows = name.rpartition(".")[0], [n for n, s in products.items() if s == ROWWISE]
+        while style == COLWISE and region and not any(row.startswith(f"{region}.") for row in rows):
+            region = region.rpartition(".")[0]
+        if style == COLWISE and region not in found:
+            forward = inspect.signature(chain.get_submodule(region).forward)
+            direct = name.rpartition(".")[0] == region
+            found[region] = _Region(name=region, single_input=direct and len(forward.parameters) == 1)
+    return tuple(found.values())
+
+
+def _check_sequence_parallel(regions: Iterable[_Region], parts: Parts) -> None:
+    unclear = [region.name for region in regions if not region.single_input]
+    if not parts.chained or not parts.first or not parts.last or unclear:
+        raise PlanError(
+            "sequence parallelism needs to know where the stream of tokens runs: the model must declare pipeline_parts "
+            "with parts before and after the blocks, and modules that hold column and row products must take one "
+            f"argument{' (not so: ' + ', '.join(unclear) + ')' if unclear else ''}; or drop sp"
+        )
+
+
+def _stream_ends(chain: nn.Module, parts: Parts, names: set[str]) -> dict[str, ParallelStyle]:
+    """Divide the stream behind the parts before the blocks, gather it before the first part after that is no norm."""
+    styles: dict[str, ParallelStyle] = {}
+    if parts.first[-1] in names:
+        styles[parts.first[-1]] = PrepareModuleOutput(
+            output_layouts=Replicate(), desired_output_layouts=Shard(SEQUENCE_DIM), use_local_output=True
+        )
+    gathering = next((name for name in parts.last if name in names and not _is_norm(chain, name)), None)
+    if gathering is not None:
+        styles[gathering] = PrepareModuleInput(
+            input_layouts=(Shard(SEQUENCE_DIM),), desired_input_layouts=(Replicate(),), use_local_output=True
+        )
+    return styles
+
+
+def _is_norm(chain: nn.Module, name: str) -> bool:
+    return isinstance(chain.get_submodule(name), nn.LayerNorm | nn.RMSNorm)
+
+
+def _partial_parameters(
+    chain: nn.Module,
+    products: Mapping[str, str],
+    regions: Iterable[_Region],
+    parts: Parts,
+    sequence_parallel: bool,
+) -> tuple[nn.Parameter, ...]:
+    prefixes = {region.name for region in regions}
+    if sequence_parallel:
+        prefixes |= set(parts.blocks)
+        for name in parts.last:
+            if name not in dict(chain.named_modules()) or not _is_norm(chain, name):
+                break
+            prefixes.add(name)
+    return tuple(
+        parameter
+        for name, parameter in chain.named_parameters()
+        if name.rpartition(".")[0] not in products and any(_within(name, prefix) for prefix in prefixes)
+    )
+
+
+def _within(name: str, prefix: str) -> bool:
+    return not prefix or name.startswith(f"{prefix}.")
+
+
+def reduce_partial(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Sum partial gradients over the tensor parallel ranks, all in one all-reduce per type."""
+    grads = [local_tensor(p.grad) for p in parameters if p.grad is not None]
+    for dtype in sorted({grad.dtype for grad in grads}, key=str):
+        same = [grad for grad in grads if grad.dtype == dtype]
+        flat = torch.cat([grad.flatten() for grad in same])
+        dist.all_reduce(flat, group=mesh.get_group())
+        for grad, summed in zip(same, flat.split([grad.numel() for grad in same]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
