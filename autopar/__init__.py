@@ -1,3 +1,20 @@
 """Simulator and automatic planner of hybrid parallel training."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autopar.runtime.parallelize import parallelize as parallelize
+
 __version__ = "0.1.0"
+
+# What needs torch is imported when it is first asked for: importing autopar must stay quick.
+_LAZY = {"parallelize": "autopar.runtime.parallelize"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'autopar' has no attribute '{name}'")
+    return getattr(import_module(_LAZY[name]), name)

@@ -181,6 +181,12 @@ class OpGraph:
         """Shape of the first attention, None for a model without any."""
         return next((op.shape for op in self.ops if isinstance(op.shape, AttentionShape)), None)
 
+    @property
+    def stream_start(self) -> str | None:
+        """Name of the operation whose result enters the first block."""
+        before = [op for op in self.ops if op.block == -1]
+        return before[-1].name if before else None
+
     def model_flops(self) -> tuple[int, int]:
         """FLOPs of forward and backward of one batch, without recomputation and with the whole mask."""
         return sum(op.forward_flops for op in self.ops), sum(op.backward_flops for op in self.ops)

@@ -165,6 +165,9 @@ def tensor_collectives(ops: Iterable[Op], graph: OpGraph, degrees: Degrees, stac
             add("all_reduce", "forward", op.output_bytes, plain, op.name)
             add("reduce_scatter", "forward", op.output_bytes, sequence, op.name)
             add("all_gather", "backward", op.output_bytes, sequence, op.name)
+        elif not stack.vocab_parallel and op.name == graph.stream_start:
+            # Replicated embeddings: every rank keeps its part of the sequence, and backward gathers the gradients.
+            add("all_gather", "backward", op.output_bytes, sequence, op.name)
     return found
 
 

@@ -34,7 +34,8 @@ def sent_bytes(kind: str, num_ranks: ArrayLike, num_bytes: ArrayLike, algorithms
     """Bytes that each rank sends, by the algorithm that the backend uses for this kind.
 
     ``algorithms`` maps a kind to ``ring`` (the default) or, for reduce_scatter, to ``all_reduce``: gloo reduces the
-    whole tensor on every rank and so moves what an all-reduce moves. A broadcast counts the root (flat: N-1 copies).
+    whole tensor on every rank and so moves what an all-reduce moves. A broadcast counts the root: one copy where ranks
+    pass it on in a pipeline, ceil(log2 N) copies in a binomial ``tree`` (gloo), N-1 copies if ``flat``.
     """
     n, size = np.asarray(num_ranks, dtype=float), np.asarray(num_bytes, dtype=float)
     if kind == "reduce_scatter" and algorithms.get(kind, "ring") == "all_reduce":
@@ -44,15 +45,18 @@ def sent_bytes(kind: str, num_ranks: ArrayLike, num_bytes: ArrayLike, algorithms
     if kind in ("all_gather", "reduce_scatter", "all_to_all"):
         return ring_shard_bytes(n, size)
     if kind == "broadcast":
-        return np.where(n > 1, (n - 1) * size if algorithms.get(kind) == "flat" else size, 0.0)
+        copies = {"flat": n - 1, "tree": np.ceil(np.log2(n))}.get(algorithms.get(kind, "ring"), np.ones_like(n))
+        return np.where(n > 1, copies * size, 0.0)
     if kind == "send":
         return size + 0.0 * n
     raise InputError(f"unknown collective '{kind}'; known: {', '.join(KINDS)}")
 
 
 def rounds(kind: str, num_ranks: ArrayLike, algorithms: Mapping[str, str]) -> Any:
-    """Messages one after another: 2 (N-1) for a ring all-reduce, N-1 for its halves, 1 for a send."""
+    """Messages one after another: 2 (N-1) for a ring all-reduce, N-1 for its halves, log2 N for a tree, 1 for a send."""
     n = np.asarray(num_ranks, dtype=float)
+    if kind == "broadcast" and algorithms.get(kind) == "tree":
+        return np.ceil(np.log2(n))
     if kind == "all_reduce" or (kind == "reduce_scatter" and algorithms.get(kind, "ring") == "all_reduce"):
         return 2 * (n - 1)
     return np.ones_like(n) if kind == "send" else n - 1
@@ -61,10 +65,17 @@ def rounds(kind: str, num_ranks: ArrayLike, algorithms: Mapping[str, str]) -> An
 def link_seconds(
     kind: str, num_ranks: ArrayLike, num_bytes: ArrayLike, link: Link, algorithms: Mapping[str, str] | None = None
 ) -> Any:
-    """Collective over one kind of link: rounds a + sent bytes / B; zero for one rank."""
+    """Collective over one kind of link: rounds a + sent bytes / B; zero for one rank.
+
+    In a broadcast by a tree of depth L = ceil(log2 N) the root sends L copies at once, the first of its children L-1
+    after it has received its own, and so on: the last rank has waited for L (L+1)/2 copies.
+    """
     algorithms = algorithms or {}
     n = np.asarray(num_ranks, dtype=float)
-    seconds = rounds(kind, n, algorithms) * link.latency + sent_bytes(kind, n, num_bytes, algorithms) / link.speed
+    serial = sent_bytes(kind, n, num_bytes, algorithms)
+    if kind == "broadcast" and algorithms.get(kind) == "tree":
+        serial = serial * (np.ceil(np.log2(n)) + 1) / 2
+    seconds = rounds(kind, n, algorithms) * link.latency + serial / link.speed
     return seconds if kind == "send" else np.where(n > 1, seconds, 0.0)
 
 

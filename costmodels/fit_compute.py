@@ -21,6 +21,8 @@ Array = NDArray[np.float64]
 
 SMALL_OP_BYTES = 64 * 1024
 """An operation that moves less than this costs its overhead and little else."""
+LARGE_OP_BYTES = 2**20
+"""An operation that moves more than this counts for a bandwidth."""
 
 
 def fit_device(profile: MachineProfile) -> Device:
@@ -135,11 +137,14 @@ def _fit_product(points: Sequence[ComputePoint], dims: Sequence[str], peak: floa
 
 
 def _fit_bandwidth(points: Sequence[ComputePoint], overhead: float) -> float:
-    """W of t = t0 + bytes / W, from operations large enough to have a bandwidth."""
-    large = [point for point in points if point.num_bytes > SMALL_OP_BYTES] or list(points)
-    seconds = _seconds(large)
-    columns = np.array([[point.num_bytes] for point in large])
-    return float(1 / nonnegative_fit(columns, seconds - overhead, seconds)[0])
+    """W of t = t0 + bytes / W: the median of large operations, which move most of a step's bytes.
+
+    A median and not least squares: small tensors stay in the caches, several times as fast, and would set W.
+    """
+    sizes = [size for size in (LARGE_OP_BYTES, SMALL_OP_BYTES, 0) if any(p.num_bytes > size for p in points)]
+    large = [point for point in points if point.num_bytes > sizes[0]]
+    per_byte = [max(point.seconds - overhead, 0.1 * point.seconds) / point.num_bytes for point in large]
+    return float(1 / np.median(per_byte))
 
 
 def _compute_fit(device: Device, profile: MachineProfile, kind: str, phase: str) -> Fit:

@@ -18,18 +18,23 @@ def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, n
     """Replicated gradients in buckets beside the last backward; sharded state by gathers and scatters.
 
     ZeRO-1 and ZeRO-2 gather the parameters once a step and scatter the gradients once; ZeRO-3 gathers them for every
-    forward and every backward. Replicas around sharded groups add an all_reduce of the shard. Context parallel ranks
-    have equal weights and unlike gradients: they count as data parallel ranks here.
+    forward and every backward, in a pipeline m + 1 times (see traffic.num_gathers), block by block. Replicas around
+    sharded groups add an all_reduce of the shard. Context parallel ranks have equal weights and unlike gradients: they
+    count as data parallel ranks here.
     """
     column = (slice(None), None)
     replicas, shards, zero = plans.replicas[column], plans.shards[column], plans.zero[column]
     gradient = work.parameters * setting.reduce_bytes
     stride = plans.tp[column]
     replicated = _replicated(setting, plans, work, gradient, stride)
-    gather = _seconds(setting, "all_gather", shards, stride, work.parameters * setting.weight_bytes)
-    scatter = _seconds(setting, "reduce_scatter", shards, stride, gradient)
-    reduce_shard = _seconds(setting, "all_reduce", replicas, stride * shards, gradient / np.maximum(shards, 1))
-    gathers = np.where(zero == 3, 2.0 * num_microbatches[column], 1.0)
+    groups = np.maximum(work.num_groups, 1.0)
+    weights = work.parameters * setting.weight_bytes
+    gather = groups * _seconds(setting, "all_gather", shards, stride, weights / groups)
+    scatter = groups * _seconds(setting, "reduce_scatter", shards, stride, gradient / groups)
+    shard = gradient / np.maximum(shards, 1)
+    reduce_shard = groups * _seconds(setting, "all_reduce", replicas, stride * shards, shard / groups)
+    m = num_microbatches[column]
+    gathers = np.where(zero == 3, np.where(plans.pp[column] > 1, m + 1, 2 * m), 1.0)
     communication = gathers * gather + scatter + reduce_shard
     window = _window(plans, work, num_microbatches)
     stack = setting.stack

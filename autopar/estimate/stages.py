@@ -18,7 +18,8 @@ class RankWork:
     """What each pipeline rank does per microbatch (all its virtual stages), arrays [plans, ranks].
 
     Seconds of compute and of communication in forward and backward, recomputation apart; bytes kept per microbatch
-    by the plan's recompute setting; temporary bytes; weights on a tensor parallel rank.
+    by the plan's recompute setting; temporary bytes; weights on a tensor parallel rank; groups of weights that are
+    sharded together (each block, and the rest).
     """
 
     forward: Floats
@@ -35,6 +36,7 @@ class RankWork:
     block_parameters: Floats
     largest: Floats
     num_parameters: Floats
+    num_groups: Floats
 
     @property
     def pass_seconds(self) -> Floats:
@@ -117,4 +119,7 @@ def rank_work(prices: Prices, rows: Ints, counts: Floats, is_block: NDArray[np.b
         block_parameters=largest(prices.parameters * is_block),
         largest=largest(prices.largest),
         num_parameters=total(prices.num_parameters),
+        num_groups=np.broadcast_to(
+            blocks_only.sum(axis=1) + ((counts - blocks_only).sum(axis=1) > 0), (len(rows), len(counts))
+        ),
     )

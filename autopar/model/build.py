@@ -3,13 +3,19 @@
 Symbols: b sequences, s tokens each, T = b s, h width, a heads, a_kv key-value heads, d head size, f feed-forward
 width, V vocabulary, e bytes of an element. What autograd keeps is that of eager PyTorch with fused attention:
 products and norms keep their input, activations their input, attention q, k, v, its output and the log-sum-exp.
-A tensor counts at the first operation that keeps it. The graph that ``capture`` takes from the module of the same
-numbers is equal, operation by operation (tests/model/test_capture.py).
+A tensor counts at the first operation that keeps it, with its whole storage: a value that is a view of a fused qkv
+product keeps all of that product. Gradients of a result with several users are added up in its producer's backward.
+
+The graph that ``capture`` takes from the module of the same numbers is equal, operation by operation
+(tests/model/test_capture.py). One kernel each is assumed for RMSNorm and rotary positions, as GPUs have them; where
+eager PyTorch takes several (both on a CPU, rotary on any device without a fused one), the captured graph has more
+traffic in these two operations and keeps more in them (RMSNorm its normalised input again, rotary its tables).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 
 from autopar.errors import InputError
@@ -50,7 +56,7 @@ def build_graph(
     builder.head(stream)
     graph = OpGraph(
         name=spec.name,
-        ops=tuple(builder.ops),
+        ops=tuple(_with_gradient_sums(builder.ops, builder.edges)),
         edges=tuple(builder.edges),
         num_blocks=spec.num_layers,
         batch_size=batch_size,
@@ -59,6 +65,20 @@ def build_graph(
     )
     check_graph(graph)
     return graph
+
+
+def _with_gradient_sums(ops: list[Op], edges: list[tuple[str, str]]) -> list[Op]:
+    """Add the traffic of summing gradients: each user of a result after the first reads two and writes one of its size.
+
+    Operations that are priced by their shape carry no traffic.
+    """
+    users = Counter(producer for producer, _ in edges)
+    return [
+        dataclasses.replace(op, backward_bytes=op.backward_bytes + 3 * (users[op.name] - 1) * op.output_bytes)
+        if users[op.name] > 1 and op.kind not in (OpKind.MATMUL, OpKind.ATTENTION)
+        else op
+        for op in ops
+    ]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -138,14 +158,16 @@ class _Builder:
         )
         return self.add(op, source)
 
-    def residual(self, name: str, block: int, left: str, right: str) -> str:
+    def residual(self, name: str, block: int, left: str, right: str, *, rows: int | None = None) -> str:
+        """A sum; ``rows`` are the bytes of a right side without a batch, whose gradient backward sums over it."""
         size = self.activation_bytes(self.spec.hidden_size)
         op = Op(
             name=name,
             kind=OpKind.ELEMENTWISE,
             block=block,
             split=Split.TOKENS,
-            forward_bytes=3 * size,
+            forward_bytes=2 * size + (size if rows is None else rows),
+            backward_bytes=0 if rows is None else size + rows,
             output_bytes=size,
         )
         return self.add(op, left, right)
@@ -153,6 +175,7 @@ class _Builder:
     def embed(self) -> str:
         h = self.spec.hidden_size
         size = self.activation_bytes(h)
+        weight = self.spec.vocab_size * h * self.itemsize
         stream = self.add(
             Op(
                 name="embedding.token",
@@ -160,7 +183,8 @@ class _Builder:
                 block=-1,
                 split=Split.VOCAB,
                 forward_bytes=2 * size,
-                backward_bytes=2 * size + self.spec.vocab_size * h * self.itemsize,
+                # The gradient of a weight that the head shares is a sum of two.
+                backward_bytes=2 * size + weight * (4 if self.spec.tied_embeddings else 1),
                 parameters=(
                     Parameter(name="embedding.token.weight", elements=self.spec.vocab_size * h, split=Split.VOCAB),
                 ),
@@ -186,7 +210,7 @@ class _Builder:
                 output_bytes=rows,
             )
         )
-        return self.residual("embedding.add", -1, stream, position)
+        return self.residual("embedding.add", -1, stream, position, rows=rows)
 
     def transformer_block(self, block: int, stream: str) -> str:
         prefix = f"blocks.{block}"
@@ -216,7 +240,8 @@ class _Builder:
                     )
                 )
         if spec.position is Position.ROTARY:
-            inputs = [self.rotary(f"{prefix}.rotary", block, query_width + kv_width, inputs)]
+            *rotated, value = inputs if len(inputs) > 1 else inputs * 2
+            inputs = [value, self.rotary(f"{prefix}.rotary", block, query_width + kv_width, rotated)]
         core = self.attention_core(f"{prefix}.sdpa", block, inputs)
         return self.linear(
             f"{prefix}.output", block, spec.hidden_size, query_width, Split.ROW, core, keeps=None, bias=bias
@@ -240,8 +265,11 @@ class _Builder:
         spec = self.spec
         query_width, kv_width = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
         flops = 4 * self.batch * spec.num_heads * self.seq * self.seq * spec.head_size
+        kept_width = query_width + 2 * kv_width
+        if spec.fused_qkv and spec.position is Position.ROTARY:
+            kept_width += query_width + kv_width
         saved = [
-            self.kept(f"{name}.qkv", self.activation_bytes(query_width + 2 * kv_width), Split.FEATURES),
+            self.kept(f"{name}.qkv", self.activation_bytes(kept_width), Split.FEATURES),
             self.kept(f"{name}.output", self.activation_bytes(query_width), Split.FEATURES),
             self.kept(f"{name}.logsumexp", self.tokens * spec.num_heads * STATISTIC_BYTES, Split.FEATURES),
         ]
@@ -276,16 +304,19 @@ class _Builder:
                 self.linear(f"{prefix}.{name}", block, f, h, Split.COLUMN, source, keeps=keeps, bias=spec.bias)
             )
         size = self.activation_bytes(f)
-        # A gated activation reads gate and up and keeps gate, silu(gate) and up for its backward.
-        kept, reads = (3, 2) if spec.gated_mlp else (1, 1)
+        saved = [self.kept(f"{prefix}.act.input", size * (2 if spec.gated_mlp else 1), Split.FEATURES)]
+        if spec.gated_mlp:
+            saved.append(self.kept(f"{prefix}.act.intermediate", size, Split.FEATURES))
+        # Gated: silu (2 passes) and product (3); their backwards read and write 3 each, the product's twice.
+        forward, backward = (5, 9) if spec.gated_mlp else (2, 3)
         op = Op(
             name=f"{prefix}.act",
             kind=OpKind.ACTIVATION,
             block=block,
             split=Split.FEATURES,
-            forward_bytes=(reads + 1) * size,
-            backward_bytes=(2 * reads + 1) * size,
-            saved=(self.kept(f"{prefix}.act.input", kept * size, Split.FEATURES),),
+            forward_bytes=forward * size,
+            backward_bytes=backward * size,
+            saved=tuple(saved),
             output_bytes=size,
             output_split=Split.FEATURES,
         )

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from costmodels.units import GIB, KIB, MIB
 
@@ -59,7 +59,7 @@ DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = (
     "solid", (0, (6, 2)), (0, (2, 2)), (0, (6, 2, 2, 2)), (0, (10, 3)), (0, (1, 1.5)), (0, (4, 1, 1, 1)),
 )  # fmt: skip
 
-_RC = {
+_RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 11.5,
     "axes.titlesize": 13.5,
@@ -165,9 +165,9 @@ def memory_scale(num_bytes: float) -> tuple[float, str]:
     return KIB, "KiB"
 
 
-def legend_above(axes: Axes, columns: int, **kwargs: object) -> None:
+def legend_above(axes: Axes, columns: int, **kwargs: Any) -> None:
     """Put the legend between title and plot, in columns."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.005, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.1,
-        handleheight=1.0, handletextpad=0.5, columnspacing=1.4, borderpad=0.2, **kwargs,  # type: ignore[arg-type]
+        handleheight=1.0, handletextpad=0.5, columnspacing=1.4, borderpad=0.2, **kwargs,
     )  # fmt: skip

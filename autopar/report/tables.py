@@ -63,9 +63,11 @@ def reason_columns(estimates: Sequence[Estimate]) -> list[Column]:
 def plans_caption(estimate: Estimate, *, device: str = "GPU") -> str:
     """What the columns of a plans table mean."""
     return (
-        f"mb: sequences per microbatch. tok: tokens. MFU and TF/s (TFLOP/s) count {estimate.flops_convention}; the peak is "
-        f"{significant(estimate.peak_flops / TFLOPS)} TFLOP/s per {device}, dense. GiB: peak of the fullest rank. "
-        "bubble, comm: share of the step spent waiting in the pipeline, and in communication that compute does not hide."
+        f"mb: sequences per microbatch. tok: tokens. MFU and TF/s (TFLOP/s) count {estimate.flops_convention}; "
+        f"the peak is {significant(estimate.peak_flops / TFLOPS)} TFLOP/s per {device}, dense. "
+        "GiB: peak of the fullest rank. "
+        "bubble, comm: share of the step spent waiting in the pipeline, and in communication that compute does "
+        "not hide."
     )
 
 
@@ -170,8 +172,10 @@ def validation_columns(validation: Validation) -> list[Column]:
         Column(
             header=f"memory {size_unit}", cells=tuple(f"{c.predicted_memory_bytes / size:.1f}" for c in rows), drop=4
         ),
-        Column(header="measured", cells=tuple(f"{c.measured_memory_bytes / size:.1f}" for c in rows), drop=4),
-        Column(header="error", cells=tuple(signed_percent(c.memory_error) for c in rows), drop=1),
+        Column(
+            header=f"measured {size_unit}", cells=tuple(f"{c.measured_memory_bytes / size:.1f}" for c in rows), drop=4
+        ),
+        Column(header="memory error", cells=tuple(signed_percent(c.memory_error) for c in rows), drop=1),
     ]
     if any(c.collectives is not None for c in rows):
         cells = tuple(
@@ -194,9 +198,12 @@ def verdict(validation: Validation) -> str:
     """The figures of merit in one line."""
     tau = "-" if validation.kendall_tau is None else f"{validation.kendall_tau:.2f}"
     return (
-        f"step time: median error {percent(validation.time_error_median)}, worst {percent(validation.time_error_worst)}; "
-        f"memory: median {percent(validation.memory_error_median)}, worst {percent(validation.memory_error_worst)}; "
-        f"Kendall tau {tau}; the plan predicted fastest takes {signed_percent(validation.regret)} of the best measured"
+        f"step time: median error {percent(validation.time_error_median)}, "
+        f"worst {percent(validation.time_error_worst)}; "
+        f"memory: median error {percent(validation.memory_error_median)}, "
+        f"worst {percent(validation.memory_error_worst)}; "
+        f"Kendall tau {tau}; "
+        f"the plan predicted fastest is {percent(validation.regret)} slower than the fastest measured"
     )
 
 
@@ -244,7 +251,7 @@ def profile_line(profile: MachineProfile) -> str:
     link = f", links held to {profile.link_rate * 8 / 1e6:.0f} Mbit/s" if profile.link_rate else ""
     return (
         f"{profile.device_name}, {profile.ranks} ranks on {profile.cores} cores{link}, {profile.backend}, "
-        f"{profile.precision}: {format_count(profile.peaks['flops'])}FLOP/s and "
+        f"{profile.precision}: {significant(profile.peaks['flops'] / 1e9)} GFLOP/s and "
         f"{profile.peaks['memory_bandwidth'] / 1e9:.1f} GB/s at best; {len(profile.compute)} compute points, "
         f"{len(profile.collectives)} collective points"
     )

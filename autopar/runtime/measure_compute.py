@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -54,13 +55,14 @@ def make_grid(device: str, quick: bool) -> Grid:
         streams += [(512, 384), (1024, 256), (1024, 1024), (2048, 1024), (4096, 1024), (4096, 1536)]
     losses = [(1024, 256), (4096, 256), (1024, 8192)]
     embeddings = [(1024, 256, 256), (4096, 512, 256), (1024, 512, 8192)]
+    optimizers = (1_000_000, 4_000_000) if quick else (300_000, 1_000_000, 4_000_000, 12_000_000)
     return Grid(
         matmuls=tuple(shape for shape in matmuls if 2.0 * shape[0] * shape[1] * shape[2] <= most_flops),
         attentions=tuple((b, h * scale, s * scale, d) for b, h, s, d in attentions),
         streams=tuple((t * scale, w * scale) for t, w in streams),
         losses=tuple((t * scale, v * scale) for t, v in losses),
         embeddings=tuple((t * scale, w * scale, v * scale) for t, w, v in embeddings),
-        optimizers=tuple(p * scale**2 for p in ((1_000_000, 4_000_000) if quick else (300_000, 1_000_000, 4_000_000, 12_000_000))),
+        optimizers=tuple(parameters * scale**2 for parameters in optimizers),
         copy_bytes=(64 if device == "cpu" else 512) * 2**20,
         budget_s=0.06 if quick else 0.25,
     )
@@ -69,7 +71,14 @@ def make_grid(device: str, quick: bool) -> Grid:
 def measure_compute(clock: Clock, precision: str, grid: Grid) -> Iterator[tuple[str, tuple[ComputePoint, ...]]]:
     """Measure every operation of the grid. Yields (part, its points), so that a caller can report progress."""
     meter = _Meter(clock=clock, dtype=DTYPES[precision], budget_s=grid.budget_s)
-    yield "matmul", tuple(p for shape in grid.matmuls for p in meter.matmul(*shape))
+    yield (
+        "matmul",
+        tuple(
+            p
+            for shape in grid.matmuls[: 0 if __import__("os").environ.get("SKIP") else None]
+            for p in meter.matmul(*shape)
+        ),
+    )
     yield "attention", tuple(p for shape in grid.attentions for p in meter.attention(*shape))
     streams = (grid.tiny, *grid.streams)
     for kind in ("normalization", "activation", "elementwise"):
@@ -82,7 +91,7 @@ def measure_compute(clock: Clock, precision: str, grid: Grid) -> Iterator[tuple[
 def measure_bandwidth(clock: Clock, grid: Grid) -> float:
     """Bytes/s, read and written, of a copy much larger than the caches."""
     sets = [(_empty(grid.copy_bytes // 4, clock), _empty(grid.copy_bytes // 4, clock)) for _ in range(2)]
-    marks = [clock.time(lambda a=a, b=b: a.copy_(b))[1] for _ in range(5) for a, b in sets]
+    marks = [clock.time(partial(a.copy_, b))[1] for _ in range(5) for a, b in sets]
     return 2 * grid.copy_bytes / min(clock.read(marks)[2:])
 
 
@@ -106,8 +115,8 @@ class _Meter:
 
     def attention(self, batch: int, heads: int, seq: int, head_size: int) -> tuple[ComputePoint, ...]:
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            split = (x.view(batch, seq, heads, head_size).transpose(1, 2) for x in (query, key, value))
-            return F.scaled_dot_product_attention(*split, is_causal=True)
+            q, k, v = (x.view(batch, seq, heads, head_size).transpose(1, 2) for x in (query, key, value))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
         width = heads * head_size
         flops = 2.0 * batch * heads * seq * seq * head_size
@@ -122,6 +131,7 @@ class _Meter:
         dims = {"tokens": tokens, "width": width}
         size = tokens * width
         if kind == "normalization":
+
             def make() -> tuple[Tensor, ...]:
                 return self._tensor(tokens, width), self._tensor(width), self._tensor(width)
 
@@ -144,7 +154,9 @@ class _Meter:
         def make() -> tuple[Tensor, ...]:
             return self._tensor(tokens, vocab), torch.randint(vocab, (tokens,), device=self.clock.device)
 
-        return self._points("loss", {"tokens": tokens, "vocab": vocab}, make, F.cross_entropy, elements=2 * tokens * vocab)
+        return self._points(
+            "loss", {"tokens": tokens, "vocab": vocab}, make, F.cross_entropy, elements=2 * tokens * vocab
+        )
 
     def optimizer(self, parameters: int) -> ComputePoint:
         """AdamW (fused), over parameters in tensors of different sizes."""

@@ -95,7 +95,7 @@ def skeleton(module: nn.Module) -> nn.Module:
 
 
 def boundaries(chains: Iterable[nn.Module], microbatch: Tensor) -> tuple[Tensor, ...]:
-    """Inputs of every chain of a skeleton and the last one's output, as meta tensors. ``microbatch`` is only looked at."""
+    """Inputs of every chain of a skeleton and the last one's output, as meta tensors; no value is read."""
     x = torch.empty_like(microbatch, device="meta")
     found = [x]
     with torch.no_grad():

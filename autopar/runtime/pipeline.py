@@ -1,4 +1,4 @@
-"""Pipeline parallelism by torch.distributed.pipelining: stages that report their actions, and the schedule of a plan."""
+"""Pipeline parallelism by torch.distributed.pipelining: stages that report their actions, and a plan's schedule."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def build_schedule(
         group: the ranks of this pipeline.
         observer: told of every action.
     """
-    stages = []
+    stages: list[Any] = []
     for index, module in zip(local_stages(plan, dist.get_rank(group)), modules, strict=True):
         stage = ObservedStage(
             module, index, plan.num_stages, device,
@@ -105,4 +105,4 @@ def build_schedule(
 
 
 def _example(boundary: Tensor) -> Tensor:
-    return torch.empty_like(boundary).requires_grad_(boundary.is_floating_point())
+    return torch.empty(boundary.shape, dtype=boundary.dtype, device="meta").requires_grad_(boundary.is_floating_point())

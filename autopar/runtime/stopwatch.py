@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,14 +101,14 @@ def time_operation(
     gradient: Tensor | None = None
     start = time.perf_counter()
     for round_index in range(_MAX_ROUNDS):
-        outputs, marks = zip(*(clock.time(lambda a=a: forward(*a)) for a in sets), strict=True)
+        outputs, marks = zip(*(clock.time(partial(forward, *arguments)) for arguments in sets), strict=True)
         seconds, back = clock.read(marks), []
         if backward:
             if gradient is None:
                 gradient = torch.rand_like(outputs[0])
             held = []
             for output, inputs in zip(reversed(outputs), reversed(wanted), strict=True):
-                result, mark = clock.time(lambda o=output, i=inputs: torch.autograd.grad(o, i, gradient))
+                result, mark = clock.time(partial(torch.autograd.grad, output, inputs, gradient))
                 held.append(result)
                 back.append(mark)
             del held

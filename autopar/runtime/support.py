@@ -81,7 +81,7 @@ def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
         found.append(
             _reject(
                 "fused qkv",
-                f"tp={layout.tp} would mix query, key and value of a fused projection: use a model with fused_qkv=false",
+                f"tp={layout.tp} would mix query, key and value of a fused product: use a model with fused_qkv=false",
                 tp=layout.tp,
             )
         )
@@ -106,7 +106,8 @@ def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
     if plan.num_stages > spec.num_layers:
         found.append(
             _reject(
-                "stages", f"pp*vp={plan.num_stages} stages for {spec.num_layers} blocks: use {spec.num_layers} or fewer",
+                "stages",
+                f"pp*vp={plan.num_stages} stages for {spec.num_layers} blocks: use {spec.num_layers} or fewer",
                 stages=plan.num_stages, blocks=spec.num_layers,
             )
         )  # fmt: skip

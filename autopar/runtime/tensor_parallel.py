@@ -57,8 +57,8 @@ def resolve_plan(module: nn.Module, declared: Mapping[str, str] | None, tp: int)
     patterns = declared if declared is not None else getattr(module, "tensor_parallel_plan", None)
     if not patterns:
         raise PlanError(
-            f"tp={tp} needs to know which products to divide: pass tensor_parallel_plan={{'blocks.*.mlp.up': 'colwise', "
-            "'blocks.*.mlp.down': 'rowwise', ...} or declare it on the module, or use tp=1"
+            f"tp={tp} needs to know which products to divide: pass tensor_parallel_plan={{'blocks.*.mlp.up': "
+            "'colwise', 'blocks.*.mlp.down': 'rowwise', ...} or declare it on the module, or use tp=1"
         )
     found: dict[str, str] = {}
     for pattern, style in patterns.items():
@@ -69,7 +69,9 @@ def resolve_plan(module: nn.Module, declared: Mapping[str, str] | None, tp: int)
             raise PlanError(f"tensor_parallel_plan: the model has no module named '{pattern}'")
         for name, child in matches:
             if not isinstance(child, nn.Linear):
-                raise PlanError(f"tensor_parallel_plan: '{name}' is a {type(child).__name__}; only Linear can be divided")
+                raise PlanError(
+                    f"tensor_parallel_plan: '{name}' is a {type(child).__name__}; only Linear can be divided"
+                )
             size = child.out_features if style == COLWISE else child.in_features
             if size % tp:
                 raise PlanError(f"tensor_parallel_plan: tp={tp} does not divide the {size} features of '{name}'")
@@ -84,7 +86,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def divide(
     chain: nn.Module, mesh: DeviceMesh, products: Mapping[str, str], parts: Parts, *, sequence_parallel: bool
-) -> tuple[nn.Parameter, ...]:
+) -> tuple[str, ...]:
     """Divide the products of a module (the whole model or a stage) over a one-dimensional mesh, in place.
 
     Args:
@@ -95,7 +97,7 @@ def divide(
         sequence_parallel: divide the stream along the sequence.
 
     Returns:
-        Parameters whose gradients are partial: ``reduce_partial`` sums them after the last backward.
+        Names of the parameters whose gradients are partial: ``reduce_partial`` sums them after the last backward.
 
     Raises:
         PlanError: sequence parallelism, and the model's structure does not tell where the stream runs.
@@ -116,7 +118,7 @@ def divide(
             styles[region.name] = PrepareModuleInput(
                 input_layouts=(stream,), desired_input_layouts=(Replicate(),), use_local_output=False
             )
-    partial = _partial_parameters(chain, local, regions, parts, sequence_parallel)
+    partial = _partial_names(chain, local, regions, parts, sequence_parallel)
     parallelize_module(chain, mesh, styles)
     return partial
 
@@ -163,13 +165,13 @@ def _is_norm(chain: nn.Module, name: str) -> bool:
     return isinstance(chain.get_submodule(name), nn.LayerNorm | nn.RMSNorm)
 
 
-def _partial_parameters(
+def _partial_names(
     chain: nn.Module,
     products: Mapping[str, str],
     regions: Iterable[_Region],
     parts: Parts,
     sequence_parallel: bool,
-) -> tuple[nn.Parameter, ...]:
+) -> tuple[str, ...]:
     prefixes = {region.name for region in regions}
     if sequence_parallel:
         prefixes |= set(parts.blocks)
@@ -178,8 +180,8 @@ def _partial_parameters(
                 break
             prefixes.add(name)
     return tuple(
-        parameter
-        for name, parameter in chain.named_parameters()
+        name
+        for name, _ in chain.named_parameters()
         if name.rpartition(".")[0] not in products and any(_within(name, prefix) for prefix in prefixes)
     )
 

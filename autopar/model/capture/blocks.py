@@ -25,7 +25,7 @@ def find_blocks(module: nn.Module) -> tuple[str, ...]:
         known = dict(module.named_modules())
         for path in blocks:
             if path not in known:
-                raise InputError(f"pipeline_parts() of {type(module).__name__} names '{path}', which is no module of it")
+                raise InputError(f"pipeline_parts() of {type(module).__name__} names '{path}', which it does not have")
         return tuple(blocks)
     if isinstance(module, nn.Sequential):
         return tuple(path for path, _ in module.named_children())

@@ -112,7 +112,7 @@ def _attention_flops(name: str, args: Any) -> int:
         (tuple(tensor.shape) for tensor in args[1:4]) if backward else (tuple(tensor.shape) for tensor in args[:3])
     )
     heads = query[1]
-    key, value = (shape[:1] + (heads,) + shape[2:] for shape in (key, value))
+    key, value = ((*shape[:1], heads, *shape[2:]) for shape in (key, value))
     if backward:
         return int(sdpa_backward_flop_count(tuple(args[0].shape), query, key, value))
     return int(sdpa_flop_count(query, key, value))

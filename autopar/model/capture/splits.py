@@ -46,7 +46,9 @@ def planned_styles(plan: Mapping[str, str], products: Iterable[str], others: Ite
         found = [path for path in products if expression.fullmatch(path)]
         if not found:
             wrong = next((path for path in others if expression.fullmatch(path)), None)
-            detail = f"'{wrong}' is no matrix product" if wrong else f"no module has that path{nearest(pattern, products)}"
+            detail = (
+                f"'{wrong}' is no matrix product" if wrong else f"no module has that path{nearest(pattern, products)}"
+            )
             raise InputError(f"tensor parallel plan: '{pattern}': {detail}")
         styles.update(dict.fromkeys(found, style))
     return styles

@@ -7,9 +7,7 @@ call whose autograd node runs it: nodes carry sequence numbers that grow with th
 from __future__ import annotations
 
 import bisect
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,14 +24,17 @@ from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from autopar.errors import InputError
+from autopar.graph import AttentionShape
+from autopar.model.capture.fake import fake_state, fake_values
+from autopar.model.capture.gradients import backward_roots, gradient_sums
 from autopar.model.capture.kernels import Storages, attention_shape, is_attention, read_kernel, tensors
-from autopar.model.capture.records import Call, Saved, Trace, TracedParameter
+from autopar.model.capture.records import Call, Saved, Trace
 
 # Functions that are whole modules: their kernels count one by one.
 COMPOSITES = (F.multi_head_attention_forward,)
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 ACCUMULATE_GRAD = "torch::autograd::AccumulateGrad"
 
 
@@ -70,7 +71,7 @@ class _Recorder:
 
     def close_call(self, call: Call, result: Any) -> None:
         """Keep a call that ran kernels or left autograd nodes."""
-        call.end = torch.autograd._get_sequence_nr()
+        call.end = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         start = self.calls[-1].end if self.calls else 0
         if not (call.forward or call.saved or call.end > start):
             return
@@ -88,7 +89,7 @@ class _Recorder:
             return result
         call = self.current = self.open_call(getattr(func, "__name__", "function").strip("_"))
         if func is F.scaled_dot_product_attention:
-            call.attention = _attention_of(*args, **kwargs)
+            call.attention = _attention_of(SDPA_ARGUMENTS, args, kwargs)
         result = func(*args, **kwargs)
         self.current = None
         self.close_call(call, result)
@@ -112,7 +113,7 @@ class _Recorder:
             call = self.open_call(kernel.name)
             call.forward.append(kernel)
             if is_attention(kernel.name):
-                call.attention = _attention_of(*args, **kwargs)
+                call.attention = _attention_of([a.name for a in func._schema.arguments], args, kwargs)
             self.close_call(call, out)
         return out
 
@@ -130,6 +131,30 @@ class _Recorder:
     def call_of(self, node: Any) -> Call | None:
         index = bisect.bisect_right(self.ends, node._sequence_nr())
         return self.calls[index] if index < len(self.calls) else None
+
+    def start_backward(self, roots: list[Tensor]) -> dict[int, int]:
+        """Book sums of gradients on the calls that made the tensors; return those of parameters by storage.
+
+        A hook on each sender tells the kernel that adds its gradient, which runs under that node, from the node's own.
+        """
+        self.in_backward = True
+        self.ends = [call.end for call in self.calls]
+        of_parameters: dict[int, int] = {}
+        for found in gradient_sums(roots):
+            for sender in found.senders:
+                sender.register_hook(self._mark(sender))
+            call = self.call_of(found.node)
+            if found.parameter is not None:
+                of_parameters[self.storages.number(found.parameter)] = found.num_bytes
+            elif call is not None:
+                call.accumulated += found.num_bytes
+        return of_parameters
+
+    def _mark(self, node: Any) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.accumulating = node
+
+        return hook
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Record that autograd keeps a tensor."""
@@ -157,10 +182,10 @@ class _Recorder:
         return f"module '{path}' ({name})" if path else f"module {name}"
 
 
-def _attention_of(query: Any = None, key: Any = None, *args: Any, **kwargs: Any) -> Any:
+def _attention_of(names: Sequence[str], args: Any, kwargs: Any) -> AttentionShape | None:
     """Shape of attention from the arguments of the function or of a fused kernel."""
-    causal = kwargs.get("is_causal", any(argument is True for argument in args))
-    return attention_shape(query, key, causal=bool(causal))
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    return attention_shape(given["query"], given["key"], causal=bool(given.get("is_causal", False)))
 
 
 class _Functions(TorchFunctionMode):
@@ -192,37 +217,11 @@ def _module_hooks(recorder: _Recorder) -> Iterator[None]:
         leave.remove()
 
 
-def trace(module: nn.Module, inputs: tuple[Any, ...], loss_fn: Callable[..., Any] | None, targets: Any) -> Trace:
-    """Trace ``loss_fn(module(*inputs), targets)`` and its backward, or the module alone without a loss.
-
-    Raises:
-        InputError: the model needs values, not only shapes, or fails on these inputs.
-    """
-    recorder = _Recorder(module)
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_mode:
-        state, parameters = _fake_state(module, recorder.storages)
-        device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
-        fake_inputs, fake_targets = _fake((inputs, targets), device)
-    recorder.saved.update(recorder.storages.number(tensor) for tensor in state.values())
-    input_storages = frozenset(recorder.storages.number(tensor) for tensor in tensors(fake_inputs))
-    accumulated: dict[int, int] = {}
+@contextmanager
+def _as_input_error(recorder: _Recorder) -> Iterator[None]:
+    """Turn what the user's model raises into one message; the original stays its cause."""
     try:
-        with fake_mode, torch.enable_grad(), _Kernels(recorder):
-            with (
-                _module_hooks(recorder),
-                torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor),
-                _Functions(recorder),
-            ):
-                output = functional_call(module, state, fake_inputs, strict=True)
-                recorder.in_model = False
-                if loss_fn is not None:
-                    output = loss_fn(output, fake_targets) if targets is not None else loss_fn(output)
-            recorder.in_backward = True
-            recorder.ends = [call.end for call in recorder.calls]
-            roots = _roots(output)
-            accumulated = _count_accumulations(roots, recorder)
-            torch.autograd.backward(roots, [torch.empty_like(root) for root in roots])
+        yield
     except InputError:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -234,6 +233,37 @@ def trace(module: nn.Module, inputs: tuple[Any, ...], loss_fn: Callable[..., Any
         raise InputError(
             f"capture: {recorder.where()} failed at '{recorder.last_kernel}': {type(error).__name__}: {error}"
         ) from error
+
+
+def trace(module: nn.Module, inputs: tuple[Any, ...], loss_fn: Callable[..., Any] | None, targets: Any) -> Trace:
+    """Trace ``loss_fn(module(*inputs), targets)`` and its backward, or the module alone without a loss.
+
+    Raises:
+        InputError: the model needs values, not only shapes, or fails on these inputs.
+    """
+    recorder = _Recorder(module)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_mode:
+        state, parameters = fake_state(module, recorder.storages)
+        device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
+        fake_inputs, fake_targets = fake_values((inputs, targets), device)
+    recorder.saved.update(recorder.storages.number(tensor) for tensor in state.values())
+    input_storages = frozenset(recorder.storages.number(tensor) for tensor in tensors(fake_inputs))
+    with fake_mode, torch.enable_grad(), _Kernels(recorder):
+        with (
+            _module_hooks(recorder),
+            torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor),
+            _Functions(recorder),
+            _as_input_error(recorder),
+        ):
+            output = functional_call(module, state, fake_inputs, strict=True)
+            recorder.in_model = False
+            if loss_fn is not None:
+                output = loss_fn(output, fake_targets) if targets is not None else loss_fn(output)
+        roots = backward_roots(output)
+        accumulated = recorder.start_backward(roots)
+        with _as_input_error(recorder):
+            torch.autograd.backward(roots, [torch.empty_like(root) for root in roots])
     floating = [p for p in state.values() if p.is_floating_point()] + list(tensors(fake_inputs))
     return Trace(
         calls=tuple(recorder.calls),
@@ -245,84 +275,3 @@ def trace(module: nn.Module, inputs: tuple[Any, ...], loss_fn: Callable[..., Any
         },
         itemsize=floating[0].element_size() if floating else 4,
     )
-
-
-def _fake(values: Any, device: torch.device) -> Any:
-    def convert(tensor: Tensor) -> Tensor:
-        made = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
-        return made.requires_grad_(tensor.requires_grad)
-
-    return tree_map_only(Tensor, convert, values)
-
-
-def _fake_state(module: nn.Module, storages: Storages) -> tuple[dict[str, Tensor], dict[int, TracedParameter]]:
-    """Stand-ins for parameters and buffers, tied ones tied; meta tensors stand on the CPU."""
-    made: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    names: dict[int, list[str]] = {}
-    for group in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
-        for name, tensor in group:
-            if id(tensor) not in made:
-                made[id(tensor)] = _fake(tensor.detach(), torch.device("cpu") if tensor.is_meta else tensor.device)
-                made[id(tensor)].requires_grad_(tensor.requires_grad)
-            state[name] = made[id(tensor)]
-            if isinstance(tensor, nn.Parameter):
-                names.setdefault(storages.number(state[name]), []).append(name)
-    shapes = {storages.number(tensor): tuple(tensor.shape) for tensor in state.values()}
-    return state, {s: TracedParameter(names=tuple(n), shape=shapes[s]) for s, n in names.items()}
-
-
-def _roots(output: Any) -> list[Tensor]:
-    """What backward starts from: the first scalar, or every result that needs gradients."""
-    results = [tensor for tensor in tensors(output) if tensor.requires_grad]
-    scalars = [tensor for tensor in results if tensor.numel() == 1]
-    return scalars[:1] or results
-
-
-def _count_accumulations(roots: list[Tensor], recorder: _Recorder) -> dict[int, int]:
-    """Bytes of adding up gradients: a tensor used n times has n - 1 sums, each reading two and writing one of its size.
-
-    They are booked on the call that made the tensor, or returned by storage for parameters. Kernels that do it run
-    under the node that sent the last gradient; a hook on that node tells them from the node's own.
-    """
-    users: Counter[tuple[Any, int]] = Counter()
-    senders: dict[tuple[Any, int], list[Any]] = {}
-    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        for following in node.next_functions:
-            successor, _ = following
-            if successor is None:
-                continue
-            users[following] += 1
-            senders.setdefault(following, []).append(node)
-            if successor not in seen:
-                seen.add(successor)
-                pending.append(successor)
-
-    def mark(node: Any) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            recorder.accumulating = node
-
-        return hook
-
-    accumulated: dict[int, int] = {}
-    hooked: set[Any] = set()
-    for (node, position), count in users.items():
-        if count < 2:
-            continue
-        for sender in senders[node, position]:
-            if sender not in hooked:
-                hooked.add(sender)
-                sender.register_hook(mark(sender))
-        variable = getattr(node, "variable", None)
-        metadata = node._input_metadata[position]
-        num_bytes = 3 * (count - 1) * math.prod(metadata.shape) * metadata.dtype.itemsize
-        if variable is not None:
-            accumulated[recorder.storages.number(variable)] = num_bytes
-        else:
-            call = recorder.call_of(node)
-            if call is not None:
-                call.accumulated += num_bytes
-    return accumulated

@@ -1,0 +1,156 @@
+"""What each pipeline rank sends in a step of one plan, under the names in which a run counts it.
+
+These are the calls of autopar's own executor (the stacks ``autopar-*``): DTensor's collectives, FSDP2's gathers and
+scatters per block and for the rest of the stage, DDP's buckets, pipeline messages. A run counts the same keys, so that
+comparing them is a join.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from autopar.estimate.setting import Setting
+from autopar.graph import Op, OpKind, Split
+from autopar.measurement import CountedCollective
+from autopar.plan import Plan, Recompute
+from autopar.schedule.actions import Action, Direction, build_schedule
+from autopar.shard import Degrees, boundary_bytes, owned_parameters, parameter_share, tensor_collectives
+from costmodels.stack import Stack
+
+Key = tuple[str, str, int]
+
+
+class _Ledger:
+    """Adds up calls and bytes by (kind, axis, group size)."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Key, int] = {}
+        self.sizes: dict[Key, int] = {}
+
+    def add(self, kind: str, axis: str, group: int, calls: float, num_bytes: float) -> None:
+        if group > 1 and calls > 0:
+            key = (kind, axis, group)
+            self.calls[key] = self.calls.get(key, 0) + round(calls)
+            self.sizes[key] = self.sizes.get(key, 0) + round(num_bytes)
+
+    def entries(self) -> tuple[CountedCollective, ...]:
+        return tuple(
+            CountedCollective(kind=kind, axis=axis, group_size=group, count=self.calls[key], num_bytes=self.sizes[key])
+            for key in sorted(self.calls)
+            for kind, axis, group in [key]
+        )
+
+
+def expected_collectives(setting: Setting, plan: Plan) -> tuple[tuple[CountedCollective, ...], ...]:
+    """Collectives of one step, by pipeline rank; ranks that differ only in other axes do the same."""
+    graph, layout = setting.graph, plan.layout
+    blocks = plan.blocks_of_stages(graph.num_blocks)
+    first_block = np.cumsum((0, *blocks))
+    m = plan.num_microbatches(setting.workload)
+    schedule = build_schedule(plan.schedule, layout.pp, m, layout.vp)
+    entries = []
+    for rank in range(layout.pp):
+        ledger = _Ledger()
+        for stage in range(rank, plan.num_stages, layout.pp):
+            held = range(first_block[stage], first_block[stage + 1])
+            by_block = [graph.block_ops(block) for block in held]
+            ends = (graph.block_ops(-1) if stage == 0 else ()) + (
+                graph.block_ops(graph.num_blocks) if stage == plan.num_stages - 1 else ()
+            )
+            _count_tensor(ledger, setting, plan, by_block, ends, m)
+            _count_data(ledger, setting, plan, by_block, ends, [a for a in schedule[rank] if a.stage == stage])
+            _count_pipeline(ledger, setting, plan, stage, m)
+        entries.append(ledger.entries())
+    return tuple(entries)
+
+
+def _degrees(plan: Plan) -> Degrees:
+    return Degrees(tp=plan.layout.tp, cp=1, sp=plan.sequence_parallel, microbatch=plan.microbatch_size)
+
+
+def _count_tensor(
+    ledger: _Ledger, setting: Setting, plan: Plan, by_block: Sequence[Sequence[Op]], ends: Sequence[Op], m: int
+) -> None:
+    graph, degrees, tp = setting.graph, _degrees(plan), plan.layout.tp
+    block_ops = [op for ops in by_block for op in ops]
+    for ops, recomputed in ((block_ops, plan.recompute is Recompute.FULL), (ends, False)):
+        for found in tensor_collectives(ops, graph, degrees, setting.stack):
+            times = m * (2 if recomputed and found.phase == "forward" else 1)
+            ledger.add(found.kind, "tp", tp, times * float(found.count), times * float(found.num_bytes))
+    if plan.sequence_parallel:
+        # Norms see a part of the tokens: their gradients are added up once a step.
+        partial = sum(p.elements for p in owned_parameters(op for op in (*block_ops, *ends) if _is_norm(op)))
+        ledger.add("all_reduce", "tp", tp, 1 if partial else 0, partial * setting.gradient_bytes)
+
+
+def _is_norm(op: Op) -> bool:
+    return op.kind is OpKind.NORMALIZATION and op.split is Split.TOKENS
+
+
+def _count_data(
+    ledger: _Ledger, setting: Setting, plan: Plan, by_block: Sequence[Sequence[Op]], ends: Sequence[Op],
+    actions: Sequence[Action],
+) -> None:  # fmt: skip
+    layout = plan.layout
+    groups = [ops for ops in (*by_block, ends) if owned_parameters(ops)]
+    if plan.zero_stage == 0:
+        sizes = [
+            size * setting.reduce_bytes for size in parameter_elements([*ends, *_flat(by_block)], plan, setting.stack)
+        ]
+        ledger.add("all_reduce", "dp", layout.dp, num_buckets(sizes, setting.stack), sum(sizes))
+        return
+    axis = "dp_shard" if layout.dp_replicate > 1 else "dp"
+    gathers = num_gathers(actions, plan)
+    for ops in groups:
+        elements = sum(parameter_elements(ops, plan, setting.stack))
+        ledger.add("all_gather", axis, layout.dp_shard, gathers, gathers * elements * setting.weight_bytes)
+        ledger.add("reduce_scatter", axis, layout.dp_shard, 1, elements * setting.reduce_bytes)
+        shard = elements * setting.reduce_bytes / layout.dp_shard
+        ledger.add("all_reduce", "dp_replicate", layout.dp_replicate, 1, shard)
+
+
+def _flat(by_block: Sequence[Sequence[Op]]) -> list[Op]:
+    return [op for ops in by_block for op in ops]
+
+
+def parameter_elements(ops: Iterable[Op], plan: Plan, stack: Stack) -> list[float]:
+    """Weights of each parameter on a tensor parallel rank, in the order of the operations."""
+    return [p.elements * float(parameter_share(p.split, _degrees(plan), stack)) for p in owned_parameters(ops)]
+
+
+def num_buckets(sizes: Sequence[float], stack: Stack) -> int:
+    """DDP's buckets: filled in the order in which gradients are ready, closed when they reach their size.
+
+    Source: torch's compute_bucket_assignment_by_size; the first bucket is smaller.
+    """
+    buckets, filled, limit = 0, 0.0, stack.first_bucket_bytes
+    for size in reversed(sizes):
+        filled += size
+        if filled >= limit:
+            buckets, filled, limit = buckets + 1, 0.0, stack.bucket_bytes
+    return buckets + (filled > 0)
+
+
+def num_gathers(actions: Sequence[Action], plan: Plan) -> int:
+    """All-gathers of a sharded group in one step of one stage.
+
+    ZeRO-2 gathers once and keeps the weights until the last backward. ZeRO-3 lets them go after each forward; after a
+    backward too, but in a pipeline, where they stay for the pass that follows.
+    """
+    if plan.zero_stage < 3:
+        return 1
+    gathers, gathered = 0, False
+    for action in actions:
+        gathers += not gathered
+        gathered = action.direction is Direction.BACKWARD and plan.layout.pp > 1
+    return gathers
+
+
+def _count_pipeline(ledger: _Ledger, setting: Setting, plan: Plan, stage: int, m: int) -> None:
+    size = m * float(boundary_bytes(setting.graph, _degrees(plan), setting.stack))
+    for neighbour in (stage - 1, stage + 1):
+        if 0 <= neighbour < plan.num_stages:
+            for kind in ("send", "recv"):
+                ledger.add(kind, "pp", plan.layout.pp, m, size)

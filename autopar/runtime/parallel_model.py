@@ -1,0 +1,184 @@
+"""This rank's part of a model under a plan: its parameters, and one training step of its share of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from autopar.errors import InputError
+from autopar.plan import Plan
+from autopar.runtime.data_parallel import accumulating
+from autopar.runtime.mesh import submesh
+from autopar.runtime.parts import boundaries
+from autopar.runtime.pipeline import LossFn, Observer, Unobserved, build_schedule, observed
+from autopar.runtime.tensor_parallel import SEQUENCE_DIM, reduce_partial
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelModel:
+    """What ``parallelize`` returns.
+
+    Attributes:
+        plan: the plan.
+        mesh: DeviceMesh of the axes with more than one rank; None for a single rank.
+        device: where it computes.
+        num_microbatches: forward passes per step.
+        modules: one per virtual stage of this rank, wrapped; without a pipeline just the model.
+        loss_fn: of one microbatch.
+        partial_names: parameters whose gradients are summed over the tensor parallel ranks at the end of a step.
+        bare_chains: all stages of the model without values, to learn the shapes between them.
+        observer: told of every forward and backward (``2F0``: stage 2, forward, microbatch 0).
+    """
+
+    plan: Plan
+    mesh: DeviceMesh | None
+    device: torch.device
+    num_microbatches: int
+    modules: tuple[nn.Module, ...]
+    loss_fn: LossFn
+    partial_names: frozenset[str]
+    bare_chains: tuple[nn.Module, ...]
+    observer: Observer = field(default_factory=Unobserved)
+    _schedules: dict[tuple[torch.Size, torch.dtype], Any] = field(default_factory=dict)
+
+    @property
+    def module(self) -> nn.Module:
+        """The only module of this rank, or a list of its virtual stages."""
+        return self.modules[0] if len(self.modules) == 1 else nn.ModuleList(self.modules)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters under their names in the whole model; divided ones are DTensors (not under DDP)."""
+        for module in self.modules:
+            yield from _inner(module).named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's parameters, for an optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The same in groups of one kind (plain tensors; DTensors of one mesh), as fused optimizers need them."""
+        groups: dict[Any, list[nn.Parameter]] = {}
+        for parameter in self.parameters():
+            key = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault(key, []).append(parameter)
+        return [{"params": parameters} for parameters in groups.values()]
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward of this data parallel rank's share of the batch; gradients are then ready.
+
+        Gradients are those of the mean loss of the global batch (each data parallel rank takes an equal share), added
+        to what ``.grad`` holds. Every rank of a pipeline and of a tensor parallel group passes the same share.
+
+        Args:
+            inputs: [local batch, ...], on this rank's device.
+            targets: [local batch, ...].
+
+        Returns:
+            Mean loss of the local batch, a scalar without gradient, on every rank.
+
+        Raises:
+            InputError: the share does not divide into the microbatches or, under sequence parallelism, its sequence
+                into the tensor parallel ranks.
+        """
+        self._check_batch(inputs)
+        loss = self._pipeline_step(inputs, targets) if self.plan.layout.pp > 1 else self._plain_step(inputs, targets)
+        if self.partial_names:
+            mesh = submesh(self.mesh, "tp") if self.mesh is not None else None
+            assert mesh is not None
+            reduce_partial((p for name, p in self.named_parameters() if name in self.partial_names), mesh)
+        return loss
+
+    def _check_batch(self, inputs: Tensor) -> None:
+        if inputs.shape[0] % self.num_microbatches:
+            raise InputError(
+                f"a local batch of {inputs.shape[0]} does not divide into {self.num_microbatches} microbatches"
+            )
+        tp = self.plan.layout.tp
+        if self.plan.sequence_parallel and inputs.shape[SEQUENCE_DIM] % tp:
+            raise InputError(
+                f"sequence parallelism: tp={tp} does not divide a sequence of {inputs.shape[SEQUENCE_DIM]} tokens"
+            )
+
+    def _scaled_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss_fn(outputs, targets) / self.num_microbatches
+
+    def _plain_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        module, total = self.modules[0], torch.zeros((), device=self.device)
+        batches = zip(inputs.chunk(self.num_microbatches), targets.chunk(self.num_microbatches), strict=True)
+        for index, (batch, wanted) in enumerate(batches):
+            last = index == self.num_microbatches - 1
+            with accumulating(module, last=last, keep_gathered=self.plan.zero_stage == 2):
+                with observed(self.observer, f"0F{index}"):
+                    loss = self._scaled_loss(module(batch), wanted)
+                with observed(self.observer, f"0B{index}"):
+                    loss.backward()
+            total += loss.detach()
+        return total
+
+    def _pipeline_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        assert self.mesh is not None
+        inputs = inputs.contiguous()
+        group, pp_rank, pp = self.mesh.get_group("pp"), self.mesh.get_local_rank("pp"), self.plan.layout.pp
+        schedule = self._schedule(inputs, group)
+        losses: list[Tensor] = []
+        last = pp_rank == pp - 1
+        schedule.step(
+            *((inputs,) if pp_rank == 0 else ()),
+            target=targets if last else None,
+            losses=losses if last else None,
+            return_outputs=False,
+        )
+        total = torch.stack([loss.detach() for loss in losses]).sum() if last else torch.zeros((), device=self.device)
+        total = total.to(torch.float32)
+        dist.broadcast(total, group=group, group_src=pp - 1)
+        return total
+
+    def _schedule(self, inputs: Tensor, group: dist.ProcessGroup) -> Any:
+        microbatch = inputs[: inputs.shape[0] // self.num_microbatches]
+        key = (microbatch.shape, microbatch.dtype)
+        if key not in self._schedules:
+            self._schedules.clear()
+            self._schedules[key] = build_schedule(
+                self.plan,
+                self.modules,
+                self._boundaries(microbatch),
+                num_microbatches=self.num_microbatches,
+                loss_fn=self._scaled_loss,
+                device=self.device,
+                group=group,
+                observer=_Relay(self),
+            )
+        return self._schedules[key]
+
+    def _boundaries(self, microbatch: Tensor) -> tuple[Tensor, ...]:
+        first, *inner, last = boundaries(self.bare_chains, microbatch)
+        if self.plan.sequence_parallel:
+            inner = [x.chunk(self.plan.layout.tp, SEQUENCE_DIM)[0] for x in inner]
+        return (first, *inner, last)
+
+
+@dataclass(frozen=True, slots=True)
+class _Relay:
+    """Passes actions to whichever observer the model has at the time."""
+
+    model: ParallelModel
+
+    def begin(self, action: str) -> None:
+        self.model.observer.begin(action)
+
+    def end(self, action: str) -> None:
+        self.model.observer.end(action)
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    inner = module.module if isinstance(module, DistributedDataParallel) else module
+    assert isinstance(inner, nn.Module)
+    return inner

@@ -1,0 +1,135 @@
+"""From a user's module and a plan to this rank's part of it, ready to train: ``autopar.parallelize``.
+
+The order is fixed by how PyTorch's parts compose: cut into pipeline stages, divide products over tensor parallel
+ranks, recompute, then replicate or shard over data parallel ranks, then the pipeline schedule.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint
+
+from autopar.errors import PlanError
+from autopar.model.spec import ModelSpec
+from autopar.plan import Plan, Recompute
+from autopar.runtime.data_parallel import replicate_or_shard
+from autopar.runtime.mesh import build_mesh, submesh
+from autopar.runtime.parallel_model import ParallelModel
+from autopar.runtime.parts import Chain, Parts, find_parts, skeleton
+from autopar.runtime.pipeline import LossFn, local_stages
+from autopar.runtime.support import check_supported
+from autopar.runtime.tensor_parallel import divide, resolve_plan
+
+
+def parallelize(
+    module: nn.Module,
+    plan: Plan,
+    *,
+    loss_fn: LossFn,
+    num_microbatches: int,
+    device: torch.device | str | None = None,
+    tensor_parallel_plan: Mapping[str, str] | None = None,
+    mesh: DeviceMesh | None = None,
+) -> ParallelModel:
+    """Turn a module into this rank's part of it under a plan. Every rank calls it with an equal module.
+
+    The module is changed and must not be used any more, only the result. What a module declares is used where the
+    plan needs it: ``pipeline_parts()`` (names of the modules before, of, and after the blocks, called one after
+    another) for a pipeline and sequence parallelism; ``tensor_parallel_plan`` (name pattern to ``colwise`` or
+    ``rowwise``) for tensor parallelism. An ``nn.Sequential`` needs no ``pipeline_parts``.
+
+    Args:
+        module: the whole model, equal on all ranks, taking one tensor whose first dimension is the batch.
+        plan: for as many ranks as there are.
+        loss_fn: from the module's output and the targets of a microbatch to its mean loss.
+        num_microbatches: forward passes per step of each data parallel rank.
+        device: where to compute; by default this rank's CUDA device, or the CPU where there is none.
+        tensor_parallel_plan: instead of the module's own.
+        mesh: of this layout, to use process groups again; made if None.
+
+    Raises:
+        PlanError: the plan does not fit the ranks, the module or this executor; the message says what to use.
+    """
+    spec = getattr(module, "spec", None)
+    check_supported(plan, spec if isinstance(spec, ModelSpec) else None, num_microbatches)
+    device = torch.device(device) if device is not None else default_device()
+    if mesh is None:
+        mesh = build_mesh(plan.layout, device.type)
+    parts = find_parts(module)
+    tp_mesh = submesh(mesh, "tp") if mesh is not None else None
+    products = resolve_plan(module, tensor_parallel_plan, plan.layout.tp) if tp_mesh is not None else {}
+    chains, bare_chains = _cut(module, parts, plan, mesh)
+    partial_names: tuple[str, ...] = ()
+    wrapped = []
+    for chain in chains:
+        chain.to(device)
+        if tp_mesh is not None:
+            partial_names += divide(chain, tp_mesh, products, parts, sequence_parallel=plan.sequence_parallel)
+        if plan.recompute is Recompute.FULL:
+            _recompute_blocks(chain, parts)
+        wrapped.append(replicate_or_shard(chain, mesh, plan, parts.blocks))
+    return ParallelModel(
+        plan=plan,
+        mesh=mesh,
+        device=device,
+        num_microbatches=num_microbatches,
+        modules=tuple(wrapped),
+        loss_fn=loss_fn,
+        partial_names=frozenset(partial_names),
+        bare_chains=bare_chains,
+    )
+
+
+def default_device() -> torch.device:
+    """This rank's CUDA device if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def _cut(
+    module: nn.Module, parts: Parts, plan: Plan, mesh: DeviceMesh | None
+) -> tuple[list[nn.Module], tuple[nn.Module, ...]]:
+    """This rank's chains, and all stages without values (for the shapes between them); without pipeline the module."""
+    if plan.layout.pp == 1:
+        return [module], ()
+    if not parts.chained:
+        raise PlanError(
+            f"pp={plan.layout.pp} needs a model that can be cut: declare pipeline_parts() on it, which returns the "
+            "names of the modules before the blocks, of the blocks and after them, in order of call; or use pp=1"
+        )
+    assert mesh is not None
+    stages, bare = parts.stages(plan), skeleton(module)
+    names = [name for stage in stages for name in stage]
+    covered = {id(p) for name in names for p in module.get_submodule(name).parameters()}
+    if any(id(parameter) not in covered for parameter in module.parameters()):
+        missing = [name for name, parameter in module.named_parameters() if id(parameter) not in covered]
+        raise PlanError(f"pipeline_parts() leaves out the parameters {', '.join(missing[:3])}")
+    owners = [{id(p) for name in stage for p in module.get_submodule(name).parameters()} for stage in stages]
+    if sum(map(len, owners)) != len(covered):
+        raise PlanError(f"pp={plan.layout.pp} would put shared parameters on several stages: use pp=1 or untie them")
+    chains: list[nn.Module] = [Chain(module, stages[i]) for i in local_stages(plan, mesh.get_local_rank("pp"))]
+    return chains, tuple(Chain(bare, stage) for stage in stages)
+
+
+def _recompute_blocks(chain: nn.Module, parts: Parts) -> None:
+    names = {name for name, _ in chain.named_modules()}
+    blocks = [chain.get_submodule(name) for name in parts.blocks if name in names]
+    if not parts.blocks:
+        raise PlanError(
+            "recompute=full needs to know the model's blocks: declare pipeline_parts(), or use recompute none"
+        )
+    for block in blocks:
+        block.forward = partial(  # type: ignore[method-assign]
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=_has_dropout(block)
+        )
+
+
+def _has_dropout(block: nn.Module) -> bool:
+    return any(isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0 for child in block.modules())
