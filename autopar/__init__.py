@@ -6,12 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autopar.model.capture import capture as capture
     from autopar.runtime.parallelize import parallelize as parallelize
 
 __version__ = "0.1.0"
 
 # What needs torch is imported when it is first asked for: importing autopar must stay quick.
-_LAZY = {"parallelize": "autopar.runtime.parallelize"}
+_LAZY = {"capture": "autopar.model.capture", "parallelize": "autopar.runtime.parallelize"}
 
 
 def __getattr__(name: str) -> Any:

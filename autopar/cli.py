@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,9 +132,9 @@ def plan(
         }
         print(json.dumps({"schema_version": 1, "plans": plans, "search": found, "assumptions": best.assumptions}))
     else:
-        from autopar.report.tables import print_search
+        from autopar.report.tables import plans_table, search_line
 
-        print_search(setting, result)
+        _show(plans_table(result.best, width=_width(), title=f"{spec.name} on {cluster}"), search_line(result))
     if out is not None:
         content = PlanFile(
             slug=best.plan.slug,
@@ -169,9 +170,9 @@ def estimate(
     if as_json:
         print(json.dumps(document))
     else:
-        from autopar.report.tables import print_estimate
+        from autopar.report.tables import plan_detail
 
-        print_estimate(result)
+        _show(plan_detail(result, width=_width()))
     if out is not None:
         from costmodels.records import write_json
 
@@ -188,6 +189,23 @@ def models() -> None:
 
     for title, names in (("models", preset_names()), ("devices", device_names()), ("stacks", stack_names())):
         print(f"{title}: {', '.join(names)}")
+
+
+MAX_WIDTH = 120
+
+
+def _width() -> int:
+    """Columns of the terminal; 120 where there is none, so that files and pipes get whole tables."""
+    return min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns)
+
+
+def _show(*parts: Any) -> None:
+    """Print tables and lines on standard output."""
+    from rich.console import Console
+
+    console = Console(width=_width(), highlight=False)
+    for part in parts:
+        console.print(part)
 
 
 def _say(text: str) -> None:

@@ -53,7 +53,7 @@ def sent_bytes(kind: str, num_ranks: ArrayLike, num_bytes: ArrayLike, algorithms
 
 
 def rounds(kind: str, num_ranks: ArrayLike, algorithms: Mapping[str, str]) -> Any:
-    """Messages one after another: 2 (N-1) for a ring all-reduce, N-1 for its halves, log2 N for a tree, 1 for a send."""
+    """Messages one after another: 2 (N-1) in a ring all-reduce, N-1 in its halves, log2 N in a tree, 1 in a send."""
     n = np.asarray(num_ranks, dtype=float)
     if kind == "broadcast" and algorithms.get(kind) == "tree":
         return np.ceil(np.log2(n))

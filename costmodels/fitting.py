@@ -16,9 +16,10 @@ Array = NDArray[np.float64]
 def nonnegative_fit(columns: Array, target: Array, scale: Array, *, required: int = 0) -> Array:
     """Minimise sum(((columns @ x - target) / scale)^2) over x >= 0, with x[required] > 0.
 
-    Exact: the best of all subsets of the terms whose unconstrained solution has the right signs, which for the few
-    terms of our formulas is quicker than an iteration and has no tolerance. Where no subset has them (points that the
-    formula cannot describe) the required term alone is set to the ratio of sums, at least a tiny positive number.
+    The best of all subsets of the terms that hold the required one and whose unconstrained solution has the right
+    signs: exact wherever the optimum has x[required] > 0, and for the few terms of our formulas quicker than an
+    iteration. Where no subset has them (points that the formula cannot describe) the required term alone is set to
+    the ratio of sums, at least a tiny positive number.
 
     Args:
         columns: [points, terms].

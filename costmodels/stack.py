@@ -30,6 +30,7 @@ class Stack:
         bucketed_overlap: unsharded data parallel gradients are reduced in buckets during the last backward.
         bucket_bytes, first_bucket_bytes: of those buckets.
         persistent_buckets: the buckets are allocated once and stay between steps.
+        copies_buffers: gradients and gathered weights are copied to and from the buffers that are sent.
         shard_hidden, shard_leak: how sharded data parallel communication hides behind compute (see overlap).
         tensor_exposed: share of tensor parallel communication that is not hidden.
         gathered_blocks: blocks whose gathered parameters exist at once under ZeRO-3.
@@ -54,6 +55,7 @@ class Stack:
     bucket_bytes: float = 25 * MIB
     first_bucket_bytes: float = 1 * MIB
     persistent_buckets: bool = True
+    copies_buffers: bool = True
     shard_hidden: float = 0.0
     shard_leak: float = 0.0
     tensor_exposed: float = 1.0

@@ -17,7 +17,7 @@ from autopar.estimate.memory import ITEMS, RankMemory, rank_memory
 from autopar.estimate.pieces import Floats, combinations, price, sections
 from autopar.estimate.result import Estimate
 from autopar.estimate.setting import Setting
-from autopar.estimate.stages import RankWork, rank_work, section_counts, stage_groups
+from autopar.estimate.stages import RankWork, rank_work, section_counts, stage_groups, with_overheads
 from autopar.estimate.step import (
     TERMS,
     PipelineEnds,
@@ -83,6 +83,7 @@ def _evaluate(setting: Setting, plans: PlanArrays) -> Iterator[tuple[Ints, dict[
         group = plans.select(indices)
         counts = section_counts(parts, graph.num_blocks, pp, vp, blocks)
         work = rank_work(prices, rows[indices], counts, is_block, group.recompute)
+        work = with_overheads(work, group, setting.stack)
         m = np.asarray(setting.workload.global_batch / (group.dp * group.microbatch))
         transfer = transfer_seconds(setting, group, boundary[rows[indices]])
         ends = _pipeline_ends(setting, group, work, m, transfer)

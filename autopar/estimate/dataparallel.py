@@ -11,6 +11,7 @@ from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
 from autopar.estimate.stages import RankWork
 from costmodels.collectives import collective_seconds
+from costmodels.compute import stream_seconds
 from costmodels.overlap import bucketed_tail_seconds, exposed_seconds
 
 
@@ -33,9 +34,7 @@ def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, n
     scatter = groups * _seconds(setting, "reduce_scatter", shards, stride, gradient / groups)
     shard = gradient / np.maximum(shards, 1)
     reduce_shard = groups * _seconds(setting, "all_reduce", replicas, stride * shards, shard / groups)
-    m = num_microbatches[column]
-    gathers = np.where(zero == 3, np.where(plans.pp[column] > 1, m + 1, 2 * m), 1.0)
-    communication = gathers * gather + scatter + reduce_shard
+    communication = gathers_per_step(plans, num_microbatches) * gather + scatter + reduce_shard
     window = _window(plans, work, num_microbatches)
     stack = setting.stack
     if setting.cluster.link_uses_host:
@@ -70,3 +69,27 @@ def _window(plans: PlanArrays, work: RankWork, num_microbatches: Floats) -> Floa
 def _seconds(setting: Setting, kind: str, ranks: Any, stride: Any, num_bytes: Any) -> Any:
     seconds = collective_seconds(setting.cluster, kind, ranks, stride, num_bytes, setting.stack.algorithms)
     return np.where(np.asarray(ranks) > 1, seconds, 0.0)
+
+
+def copy_seconds(setting: Setting, plans: PlanArrays, work: RankWork, num_microbatches: Floats) -> Floats:
+    """Copies between parameters and the flat buffers that are sent, [plans, ranks].
+
+    Buckets of replicated gradients are written and divided by the ranks: four passes over them. Gathered weights are
+    copied out and gradients to scatter copied in: two passes each.
+    """
+    if not setting.stack.copies_buffers:
+        return np.zeros_like(work.parameters)
+    zero, many = plans.zero[:, None], (plans.dp * plans.cp)[:, None] > 1
+    gradient = work.parameters * setting.reduce_bytes
+    weights = work.parameters * setting.weight_bytes
+    sharded = 2 * gathers_per_step(plans, num_microbatches) * weights + 2 * gradient
+    moved = np.where(many, np.where(zero == 0, 4 * gradient, np.where(plans.shards[:, None] > 1, sharded, 0.0)), 0.0)
+    seconds: Floats = np.asarray(stream_seconds(setting.cluster.device, moved, "elementwise", ops=0.0))
+    return seconds
+
+
+def gathers_per_step(plans: PlanArrays, num_microbatches: Floats) -> Floats:
+    """All-gathers of each weight, [plans, 1]: one; under ZeRO-3 2m, in a pipeline m + 1 (see traffic.num_gathers)."""
+    m = num_microbatches[:, None]
+    many = np.where(plans.pp[:, None] > 1, m + 1, 2 * m)
+    return np.asarray(np.where(plans.zero[:, None] == 3, many, 1.0))

@@ -157,10 +157,14 @@ def op_seconds(op: Op, setting: Setting, degrees: Degrees) -> tuple[Any, Any]:
     device, precision, stack = setting.cluster.device, setting.workload.precision.value, setting.stack
     if op.kind is OpKind.MATMUL and op.shape is not None:
         m, n, k = local_matmul(op, setting.graph, degrees, stack)
-        dispatch = stack.overheads.get("tensor_parallel_linear", 0.0) if op.split in (Split.COLUMN, Split.ROW) else 0.0
-        extra = dispatch * (np.asarray(degrees.tp) > 1)
-        forward = matmul_seconds(device, precision, m, n, k) + extra / 3
-        return forward, matmul_seconds(device, precision, m, n, k, backward=True) + 2 * extra / 3
+        divided = (np.asarray(degrees.tp) > 1) & (op.split in (Split.COLUMN, Split.ROW))
+        calls = stack.overheads
+        forward = matmul_seconds(device, precision, m, n, k)
+        backward = matmul_seconds(device, precision, m, n, k, backward=True)
+        return (
+            forward + divided * calls.get("tensor_parallel.linear.forward", 0.0),
+            backward + divided * calls.get("tensor_parallel.linear.backward", 0.0),
+        )
     if isinstance(op.shape, AttentionShape):
         shape, cp = op.shape, np.asarray(degrees.cp, dtype=float)
         arguments: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from autopar.estimate.arrays import RECOMPUTE_CODES, Ints, PlanArrays
 from autopar.estimate.pieces import Floats, Prices, Section
 from autopar.plan import Recompute, even_split
+from costmodels.stack import Stack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,4 +124,16 @@ def rank_work(prices: Prices, rows: Ints, counts: Floats, is_block: NDArray[np.b
         num_groups=np.broadcast_to(
             blocks_only.sum(axis=1) + ((counts - blocks_only).sum(axis=1) > 0), (len(rows), len(counts))
         ),
+    )
+
+
+def with_overheads(work: RankWork, plans: PlanArrays, stack: Stack) -> RankWork:
+    """Add the host time of wrappers around passes: pipeline actions, and modules whose weights are gathered."""
+    calls = stack.overheads
+    sharded = ((plans.zero >= 2) & (plans.shards > 1))[:, None] * work.num_groups
+    action = (plans.pp > 1)[:, None] * calls.get("pipeline.action", 0.0)
+    return dataclasses.replace(
+        work,
+        forward=work.forward + action + sharded * calls.get("fsdp.module.forward", 0.0),
+        backward=work.backward + action + sharded * calls.get("fsdp.module.backward", 0.0),
     )

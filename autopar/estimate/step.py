@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from autopar.estimate.arrays import PlanArrays
-from autopar.estimate.dataparallel import exposed_data_parallel
+from autopar.estimate.dataparallel import copy_seconds, exposed_data_parallel
 from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
 from autopar.estimate.stages import RankWork
@@ -63,6 +63,7 @@ def step_terms(
     accumulate = _accumulation(setting, work, num_microbatches) * slowdown
     update = _update(setting, plans, work) * slowdown
     data = exposed_data_parallel(setting, plans, work, num_microbatches)
+    data = data + slowdown * copy_seconds(setting, plans, work, num_microbatches)
     last = np.argmax(ends.ends + data + update + accumulate, axis=1)
     slowest = np.argmax(work.pass_seconds, axis=1)
     m = num_microbatches

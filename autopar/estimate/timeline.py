@@ -7,7 +7,7 @@ import numpy as np
 from autopar.estimate.arrays import PlanArrays, to_arrays
 from autopar.estimate.pieces import combinations, price, sections
 from autopar.estimate.setting import Setting
-from autopar.estimate.stages import rank_work, section_counts
+from autopar.estimate.stages import rank_work, section_counts, with_overheads
 from autopar.estimate.step import transfer_seconds
 from autopar.plan import Plan
 from autopar.schedule.actions import Direction, build_schedule
@@ -25,6 +25,7 @@ def stage_durations(setting: Setting, plan: Plan) -> dict[tuple[int, Direction],
     )
     is_block = np.asarray([part.is_block(setting.graph) for part in parts])
     work = rank_work(price(setting, degrees, parts), rows, counts, is_block, plans.recompute)
+    work = with_overheads(work, plans, setting.stack)
     durations = {}
     for stage in range(plan.num_stages):
         durations[stage, Direction.FORWARD] = Duration(

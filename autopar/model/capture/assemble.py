@@ -10,7 +10,7 @@ from itertools import takewhile
 from autopar.graph import MatmulShape, Op, OpGraph, OpKind, Parameter, SavedTensor, Split, check_graph
 from autopar.model.capture.blocks import block_indices
 from autopar.model.capture.group import Group, group_calls
-from autopar.model.capture.ops import LOG_SOFTMAX, kept_name, kind_of, parameters_of, shape_of, traffic
+from autopar.model.capture.ops import LOG_SOFTMAX, kept_name, kind_of, parameters_of, shape_of, traffic, workspace_bytes
 from autopar.model.capture.records import Trace
 from autopar.model.capture.splits import Division, divide, planned_styles
 
@@ -123,6 +123,8 @@ def _kept(group: Group, kind: OpKind, division: Division) -> tuple[SavedTensor, 
     """Kept tensors, those of one role and split as one."""
     sizes: dict[tuple[str, Split], int] = {}
     roles = sorted(((kept_name(group, kind, s), s) for s in group.saved), key=lambda pair: pair[0] == "logsumexp")
+    if any(saved.num_bytes == 0 for _, saved in roles):
+        sizes[f"{group.name}.workspace", division.output] = workspace_bytes(group)
     for role, saved in roles:
         if role == "target" or not saved.floating:
             split = Split.NONE
@@ -132,7 +134,7 @@ def _kept(group: Group, kind: OpKind, division: Division) -> tuple[SavedTensor, 
             split = division.kept_input
         key = (f"{group.name}.{role}", split)
         sizes[key] = sizes.get(key, 0) + saved.num_bytes
-    return tuple(SavedTensor(name=name, num_bytes=size, split=split) for (name, split), size in sizes.items())
+    return tuple(SavedTensor(name=name, num_bytes=size, split=split) for (name, split), size in sizes.items() if size)
 
 
 def _adopt_unread(ops: list[Op], trace: Trace, owned: Mapping[int, str]) -> None:

@@ -46,9 +46,9 @@ def planned_styles(plan: Mapping[str, str], products: Iterable[str], others: Ite
         found = [path for path in products if expression.fullmatch(path)]
         if not found:
             wrong = next((path for path in others if expression.fullmatch(path)), None)
-            detail = (
-                f"'{wrong}' is no matrix product" if wrong else f"no module has that path{nearest(pattern, products)}"
-            )
+            paths = [path for path in products if path]
+            known = nearest(pattern, paths) if paths else "; the model has no product in a module of its own"
+            detail = f"'{wrong}' is no matrix product" if wrong else f"no module has that path{known}"
             raise InputError(f"tensor parallel plan: '{pattern}': {detail}")
         styles.update(dict.fromkeys(found, style))
     return styles

@@ -7,6 +7,7 @@ call whose autograd node runs it: nodes carry sequence numbers that grow with th
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -219,7 +220,13 @@ def _module_hooks(recorder: _Recorder) -> Iterator[None]:
 
 @contextmanager
 def _as_input_error(recorder: _Recorder) -> Iterator[None]:
-    """Turn what the user's model raises into one message; the original stays its cause."""
+    """Turn what the user's model raises into one message; the original stays its cause.
+
+    torch logs the traceback of a shape mismatch as well; it is kept quiet, since the message says the same.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    quiet = logger.disabled
+    logger.disabled = True
     try:
         yield
     except InputError:
@@ -233,6 +240,8 @@ def _as_input_error(recorder: _Recorder) -> Iterator[None]:
         raise InputError(
             f"capture: {recorder.where()} failed at '{recorder.last_kernel}': {type(error).__name__}: {error}"
         ) from error
+    finally:
+        logger.disabled = quiet
 
 
 def trace(module: nn.Module, inputs: tuple[Any, ...], loss_fn: Callable[..., Any] | None, targets: Any) -> Trace:

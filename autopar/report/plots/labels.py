@@ -12,20 +12,35 @@ from autopar.report.style import INK, MUTED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top."""
 
-DISTANCES = (9.0, 22.0, 38.0, 58.0, 82.0, 110.0)
-"""Points (1/72 inch) from a marker to its label, tried in order; beyond the first a thin line joins them."""
+DISTANCES = (9.0, 16.0, 26.0, 40.0, 58.0, 82.0, 110.0)
+"""Points (1/72 inch) from a marker to its label, tried in order; beyond ``NEAR`` of them a thin line joins them."""
+NEAR = 2
 
 ANGLES = tuple(np.radians(angle) for angle in (0, 180, 30, -30, 150, -150, 60, -60, 120, -120, 90, -90))
 
 
 def place_labels(
-    axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], labels: Sequence[str], *, strong: Sequence[bool]
+    axes: Axes,
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    labels: Sequence[str],
+    *,
+    strong: Sequence[bool],
+    whiskers: tuple[NDArray[np.float64], NDArray[np.float64]],
 ) -> None:
     """Write a label beside every point of ``axes``. The axes' limits must be final.
+
+    Args:
+        axes: with the points.
+        x, y: of the points, in data units.
+        labels: one each.
+        strong: set these bold.
+        whiskers: x of the left and right ends of each point's whisker, which labels leave free as well.
 
     Each label takes the nearest of some dozens of places that is free, those in the densest places first; where none
     is, the one that covers least.
@@ -35,8 +50,11 @@ def place_labels(
     figure.set_layout_engine("none")  # type: ignore[union-attr]
     unit = figure.dpi / 72
     centres = axes.transData.transform(np.column_stack([x, y]))
-    frame = axes.get_window_extent().extents
+    left, bottom, right, top = axes.get_window_extent().extents
     taken: list[Box] = [_around(centre, 6.5 * unit) for centre in centres]
+    ends = [axes.transData.transform(np.column_stack([end, y]))[:, 0] for end in whiskers]
+    taken += [(a, centre[1] - 2 * unit, b, centre[1] + 2 * unit) for a, b, centre in zip(*ends, centres, strict=True)]
+    taken += [_text_box(text) for text in axes.texts]
     crowd = np.hypot(*(centres[:, None] - centres[None, :]).transpose(2, 0, 1))
     order = np.argsort(np.sort(crowd, axis=1)[:, : min(4, len(x))].sum(axis=1), kind="stable")
     for index in order:
@@ -46,7 +64,9 @@ def place_labels(
             fontweight=weight, ha="center", va="center", zorder=6,
         )  # fmt: skip
         extent = text.get_window_extent()
-        offset, near = _best_offset(centres, int(index), (extent.width, extent.height), taken, tuple(frame), unit)
+        offset, near = _best_offset(
+            centres, int(index), (extent.width, extent.height), taken, (left, bottom, right, top), unit
+        )
         place = centres[index] + offset
         text.set_position(tuple(place / unit))
         taken.append(_box(place, extent.width, extent.height))
@@ -72,7 +92,7 @@ def _best_offset(
             box = _box(centres[index] + offset, width, height)
             cost = 100.0 * sum(_overlap(box, other) for i, other in enumerate(taken) if i != index) / (width * height)
             cost += 100.0 * (1.0 - _overlap(box, frame) / (width * height))
-            if step:
+            if step >= NEAR:
                 cost += 0.5 * sum(
                     _distance(centres[i], centres[index], centres[index] + offset) < 8 * unit
                     for i in range(len(centres))
@@ -80,7 +100,7 @@ def _best_offset(
                 )
             cost += 0.25 * step
             if best is None or cost < best[0] - 1e-9:
-                best = (cost, offset, step == 0)
+                best = (cost, offset, step < NEAR)
     assert best is not None
     return best[1], best[2]
 
@@ -97,6 +117,11 @@ def _line(axes: Axes, point: NDArray[np.float64], label: NDArray[np.float64], wi
         "", xy=tuple(point), xytext=tuple(edge), xycoords="figure points", textcoords="figure points", zorder=2,
         arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4},
     )  # fmt: skip
+
+
+def _text_box(text: Text) -> Box:
+    left, bottom, right, top = text.get_window_extent().extents
+    return (left, bottom, right, top)
 
 
 def _around(centre: NDArray[np.float64], radius: float) -> Box:
