@@ -145,7 +145,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     head = re.sub(r'\s(width|height|version|xmlns(:\w+)?)="[^"]*"', "", head)
     label = escape(description, quote=True)
     text = f'{head} role="img" aria-label="{label}"{tail}'
-    text = re.sub(r"font: (\d+ )?([\d.]+)px [^;\"]*", r"font: \1\2px var(--figure-font)", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--figure-font)", text)
     return re.sub(r"\n\s*", "\n", text).strip()
 
 

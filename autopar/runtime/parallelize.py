@@ -23,6 +23,7 @@ from autopar.runtime.mesh import build_mesh, submesh
 from autopar.runtime.parallel_model import ParallelModel
 from autopar.runtime.parts import Chain, Parts, find_parts, skeleton
 from autopar.runtime.pipeline import LossFn, local_stages
+from autopar.runtime.private import has_dropout
 from autopar.runtime.support import check_supported
 from autopar.runtime.tensor_parallel import divide, resolve_plan
 
@@ -127,9 +128,5 @@ def _recompute_blocks(chain: nn.Module, parts: Parts) -> None:
         )
     for block in blocks:
         block.forward = partial(  # type: ignore[method-assign]
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=_has_dropout(block)
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=has_dropout(block)
         )
-
-
-def _has_dropout(block: nn.Module) -> bool:
-    return any(isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0 for child in block.modules())

@@ -35,7 +35,7 @@ from costmodels.calibration import with_fits
 from costmodels.profiles import CollectivePoint, ComputePoint, MachineProfile, SharingPoint, write_profile
 
 _COMPUTE_PARTS = 8
-_LINK_BUDGET_S, _QUICK_LINK_BUDGET_S = 0.35, 0.1
+_LINK_BUDGET_S, _QUICK_LINK_BUDGET_S = 0.25, 0.1
 
 
 def main(path: str) -> None:

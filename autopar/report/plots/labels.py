@@ -32,6 +32,7 @@ def place_labels(
     *,
     strong: Sequence[bool],
     whiskers: tuple[NDArray[np.float64], NDArray[np.float64]],
+    avoid: NDArray[np.float64],
 ) -> None:
     """Write a label beside every point of ``axes``. The axes' limits must be final.
 
@@ -41,6 +42,7 @@ def place_labels(
         labels: one each.
         strong: set these bold.
         whiskers: x of the left and right ends of each point's whisker, which labels leave free as well.
+        avoid: further places [places, 2] that labels leave free, in data units.
 
     Each label takes the nearest of some dozens of places that is free, those in the densest places first; where none
     is, the one that covers least.
@@ -54,6 +56,7 @@ def place_labels(
     taken: list[Box] = [_around(centre, 6.5 * unit) for centre in centres]
     ends = [axes.transData.transform(np.column_stack([end, y]))[:, 0] for end in whiskers]
     taken += [(a, centre[1] - 2 * unit, b, centre[1] + 2 * unit) for a, b, centre in zip(*ends, centres, strict=True)]
+    taken += [_around(place, 2 * unit) for place in axes.transData.transform(avoid)]
     taken += [_text_box(text) for text in axes.texts]
     crowd = np.hypot(*(centres[:, None] - centres[None, :]).transpose(2, 0, 1))
     order = np.argsort(np.sort(crowd, axis=1)[:, : min(4, len(x))].sum(axis=1), kind="stable")

@@ -59,7 +59,8 @@ def predicted_measured(validation: Validation, names: Mapping[str, str]) -> Figu
         axes.set_aspect("equal")
         axes.set_title("Step time: predicted against measured")
         labels = [f"{names[c.slug]}  {_signed(c.error)}" for c in rows]
-        place_labels(axes, x, y, labels, strong=chosen.tolist(), whiskers=(x - low, x + high))
+        diagonal = np.linspace(*limits, 150)[:, None].repeat(2, axis=1)
+        place_labels(axes, x, y, labels, strong=chosen.tolist(), whiskers=(x - low, x + high), avoid=diagonal)
     return figure
 
 

@@ -91,6 +91,6 @@ def _legend(figure: Figure, terms: Sequence[str]) -> None:
 
     handles = [Patch(facecolor=TERM_COLORS[term], label=TERM_LABELS[term]) for term in terms]
     figure.legend(
-        handles=handles, loc="outside lower left", ncols=len(handles) if len(handles) < 8 else 5, handlelength=1.1, handleheight=1.0,
-        handletextpad=0.5, columnspacing=1.4, labelcolor=INK, fontsize=10,
+        handles=handles, loc="outside lower left", ncols=len(handles) if len(handles) < 8 else 5,
+        handlelength=1.1, handleheight=1.0, handletextpad=0.5, columnspacing=1.4, labelcolor=INK, fontsize=10,
     )  # fmt: skip

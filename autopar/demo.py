@@ -1,0 +1,277 @@
+"""The main job: profile this machine, capture a model, plan, run the plans for real, hold prediction to measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autopar.errors import InputError
+from autopar.estimate import Estimate, Setting, estimate
+from autopar.estimate.traffic import expected_collectives
+from autopar.graph import OpGraph
+from autopar.measurement import Measurement
+from autopar.model.build import build_graph
+from autopar.model.presets import load_preset
+from autopar.model.spec import ModelSpec
+from autopar.plan import Plan, PlanFile, parse_slug, write_plan_file
+from autopar.runtime.job import TrainJob
+from autopar.runtime.nodes import Node, local_node
+from autopar.runtime.profile import profile_machine
+from autopar.runtime.run import run_plans
+from autopar.runtime.support import unsupported
+from autopar.search.exhaustive import SearchResult, search
+from autopar.search.space import Space
+from autopar.validate import Validation, compare
+from autopar.workload import Precision, Workload
+from costmodels.calibration import MachineProfile, profile_cluster
+from costmodels.stack import Stack, load_stack
+
+if TYPE_CHECKING:
+    from autopar.report.page import DemoReport
+
+Say = Callable[[str], None]
+OnMessage = Callable[[dict[str, Any]], None]
+
+MIN_MICROBATCHES = 4
+STALL_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoOptions:
+    """What to run.
+
+    Attributes:
+        out: folder of the report.
+        ranks: processes; None means 4 on CPUs, all devices on CUDA.
+        emulate: nodes and rate of an emulated cluster such as ``4x200mbit``; None runs on this machine as it is.
+        device: cpu or cuda.
+        num_layouts: layouts to run beside the single process.
+        steps: timed steps of each.
+        quick: a coarse profile.
+    """
+
+    out: Path
+    ranks: int | None = None
+    emulate: str | None = None
+    device: str = "cpu"
+    num_layouts: int = 10
+    steps: int = 12
+    quick: bool = False
+
+    @property
+    def command(self) -> str:
+        """The command line that repeats this run."""
+        words = ["autopar", "demo"]
+        words += ["--emulate", self.emulate] if self.emulate else []
+        words += ["--ranks", str(self.ranks)] if self.ranks else []
+        words += ["-o", str(self.out)]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """Where ranks run: nodes, ranks on each, and the rate of emulated links in bytes/s."""
+
+    nodes: tuple[Node, ...]
+    ranks_per_node: int
+    link_rate: float | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Ranks in all."""
+        return len(self.nodes) * self.ranks_per_node
+
+
+@contextmanager
+def site(options: DemoOptions) -> Iterator[Site]:
+    """The machine as it is, or an emulated cluster that is taken down at the end."""
+    if options.emulate is None:
+        yield Site(nodes=(local_node(),), ranks_per_node=options.ranks or _default_ranks(options.device))
+        return
+    from autopar.runtime.emulate import emulated_cluster, parse_emulation, why_unavailable
+
+    num_nodes, rate = parse_emulation(options.emulate)
+    if options.device != "cpu":
+        raise InputError("--emulate runs on CPUs: leave out --device")
+    obstacle = why_unavailable()
+    if obstacle:
+        raise InputError(f"--emulate {options.emulate} cannot be set up here: {obstacle}")
+    ranks = options.ranks or num_nodes
+    if ranks % num_nodes:
+        raise InputError(f"--ranks {ranks} does not divide over {num_nodes} emulated nodes")
+    with emulated_cluster(num_nodes, rate) as nodes:
+        yield Site(nodes=nodes, ranks_per_node=ranks // num_nodes, link_rate=rate)
+
+
+def _default_ranks(device: str) -> int:
+    if device == "cpu":
+        return 4
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def demo_model(device: str) -> tuple[ModelSpec, Workload]:
+    """The model and the workload of the demo: sized for two CPU cores, or for a GPU."""
+    if device == "cpu":
+        return load_preset("demo-gpt"), Workload(global_batch=16, seq_len=128, precision=Precision.FP32)
+    return load_preset("demo-gpt-gpu"), Workload(global_batch=32, seq_len=1024, precision=Precision.BF16)
+
+
+def capture_model(spec: ModelSpec, workload: Workload) -> OpGraph:
+    """Capture the module of these numbers for one microbatch of one sequence. Imports torch."""
+    import torch
+
+    from autopar.model.capture import capture
+    from autopar.model.transformer import build, language_model_loss
+
+    module = build(spec)
+    if workload.precision is Precision.BF16:
+        module = module.to(torch.bfloat16)
+    tokens = torch.zeros((1, workload.seq_len), dtype=torch.int64)
+    return capture(module, (tokens,), loss_fn=language_model_loss, targets=tokens, name=spec.name)
+
+
+def runtime_stack(profile: MachineProfile) -> Stack:
+    """autopar's own executor with the host overheads that were measured."""
+    stack = load_stack("autopar-gloo" if profile.backend == "gloo" else "autopar-nccl")
+    origin = {"overheads": "measured here, each wrapper against the same module without it"}
+    return dataclasses.replace(stack, overheads=profile.host_overheads, origins={**stack.origins, **origin})
+
+
+def plan_layouts(setting: Setting, spec: ModelSpec) -> SearchResult:
+    """Rank every layout that fits and that the executor runs."""
+
+    def refuse(plan: Plan) -> Any:
+        return unsupported(plan, spec, plan.num_microbatches(setting.workload))
+
+    return search(setting, top=10_000, space=Space(min_microbatches=MIN_MICROBATCHES), unsupported=refuse)
+
+
+def choose(ranked: Sequence[Estimate], number: int) -> tuple[Estimate, ...]:
+    """The best plan and the fastest of each unlike kind, unlike in dimensions, sharding or sequence parallelism.
+
+    Kinds that combine the same axes are taken in turn, so that few layouts already cover all dimensions.
+    """
+    fastest: dict[tuple[Any, ...], Estimate] = {}
+    for candidate in ranked:
+        fastest.setdefault(_kind(candidate.plan, ranked[0].plan.layout.world_size), candidate)
+    by_axes: dict[tuple[bool, ...], list[Estimate]] = {}
+    for candidate in fastest.values():
+        layout = candidate.plan.layout
+        by_axes.setdefault((layout.tp > 1, layout.pp > 1, layout.dp > 1), []).append(candidate)
+    chosen: list[Estimate] = []
+    while len(chosen) < number and any(by_axes.values()):
+        for queue in by_axes.values():
+            if queue and len(chosen) < number:
+                chosen.append(queue.pop(0))
+    return tuple(sorted(chosen, key=lambda candidate: candidate.step_s))
+
+
+def _kind(plan: Plan, world_size: int) -> tuple[Any, ...]:
+    layout = plan.layout
+    kind = (layout.tp, layout.pp, layout.vp > 1, layout.dp_replicate, layout.dp_shard, plan.zero_stage)
+    alone = (plan.microbatch_size, plan.recompute) if world_size == 1 else ()
+    return (*kind, plan.sequence_parallel, *alone)
+
+
+def single_process(setting: Setting) -> Setting:
+    """The same question for one rank alone."""
+    cluster = dataclasses.replace(setting.cluster, num_nodes=1, devices_per_node=1)
+    return dataclasses.replace(setting, cluster=cluster)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoResult:
+    """What a demo found, beside the files that it wrote."""
+
+    validation: Validation
+    files: tuple[Path, ...]
+
+
+def demo(options: DemoOptions, say: Say, progress: OnMessage) -> DemoResult:
+    """Run all of it and write the report under ``options.out``.
+
+    Raises:
+        InputError: options that contradict each other or this machine.
+        RunError: a run failed.
+    """
+    from autopar.report.page import write_report
+
+    report = measure(options, say, progress)
+    files = write_report(report, options.out)
+    return DemoResult(validation=report.validation, files=tuple(files))
+
+
+def measure(options: DemoOptions, say: Say, progress: OnMessage) -> DemoReport:
+    """Profile, capture, plan, run and compare; everything that the report shows."""
+    from autopar.report.page import DemoReport
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    spec, workload = demo_model(options.device)
+    with site(options) as place:
+        say(f"profile: {place.ranks} ranks on {len(place.nodes)} node(s)")
+        profile = profile_machine(
+            ranks=place.ranks, nodes=place.nodes, device=options.device, precision=workload.precision.value,
+            out=options.out / "profile.json", quick=options.quick, link_rate=place.link_rate, on_message=progress,
+        )  # fmt: skip
+        say(f"capture: {spec.name}")
+        graph = capture_model(spec, workload)
+        setting = Setting(
+            graph=graph, workload=workload, cluster=profile_cluster(profile), stack=runtime_stack(profile)
+        )
+        _check_capture(graph, build_graph(spec, seq_len=workload.seq_len, precision=workload.precision), say)
+        found = plan_layouts(setting, spec)
+        chosen = choose(found.best, options.num_layouts)
+        say(f"plan: {found.considered} considered, {found.feasible} feasible; best {chosen[0].plan.slug}")
+        write_plan_file(options.out / "plan.json", _plan_file(spec, workload, chosen[0]))
+        say(f"run: {len(chosen)} layouts and a single process")
+        measured = run_layouts(options, place, spec, workload, [e.plan for e in chosen], progress)
+        alone = single_process(setting)
+        reference_plan = parse_slug(f"mb{workload.global_batch}")
+        one = Site(nodes=place.nodes[:1], ranks_per_node=1)
+        reference = run_layouts(options, one, spec, workload, [reference_plan], progress)[0]
+    collectives = {e.plan.slug: expected_collectives(setting, e.plan) for e in chosen}
+    validation = compare(chosen, measured, collectives)
+    return DemoReport(
+        title=f"{spec.name} on {profile.device_name}",
+        command=options.command,
+        profile=profile,
+        setting=setting,
+        search=found,
+        chosen=chosen,
+        measurements=measured,
+        validation=validation,
+        reference=reference,
+        reference_estimate=estimate(alone, reference_plan),
+    )
+
+
+def run_layouts(
+    options: DemoOptions, place: Site, spec: ModelSpec, workload: Workload, plans: Sequence[Plan], progress: OnMessage
+) -> tuple[Measurement, ...]:
+    """Run plans one after another in the same processes."""
+    job = TrainJob(
+        model=spec, workload=workload, plans=tuple(plans), steps=options.steps, out_dir=str(options.out / "runs"),
+        device=options.device,
+    )  # fmt: skip
+    return run_plans(
+        job, nodes=place.nodes, ranks_per_node=place.ranks_per_node, stall_timeout_s=STALL_TIMEOUT_S,
+        on_message=progress,
+    )  # fmt: skip
+
+
+def _plan_file(spec: ModelSpec, workload: Workload, best: Estimate) -> PlanFile:
+    predicted = {"step_s": best.step_s, "memory_gib": best.memory_gib, "mfu": best.mfu}
+    return PlanFile(slug=best.plan.slug, model=spec, workload=workload, plan=best.plan, predicted=predicted)
+
+
+def _check_capture(captured: OpGraph, built: OpGraph, say: Say) -> None:
+    """Tell whether the captured graph is the one that the model's numbers give."""
+    same = captured.ops == built.ops
+    say(f"capture: {len(captured.ops)} operations, {'equal to' if same else 'unlike'} the graph from the numbers")

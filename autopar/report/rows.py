@@ -1,0 +1,92 @@
+"""Columns of the page's tables that join predictions with runs: ranking, validation, stages, losses, collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from autopar.estimate import Estimate
+from autopar.measurement import Measurement
+from autopar.report.columns import Column
+from autopar.report.numbers import signed_percent, significant
+from autopar.report.style import memory_scale, time_scale
+from autopar.report.tables import plan_columns, reason_columns, validation_columns
+from autopar.validate import Validation
+from costmodels.units import MIB
+
+
+def ranked_columns(estimates: Sequence[Estimate], validation: Validation | None, *, device: str) -> list[Column]:
+    """Ranked plans with their numbers, measured time where there is one, reason and slug."""
+    columns = plan_columns(estimates, device=device)
+    if validation is not None:
+        scale, unit = time_scale(min(e.step_s for e in estimates))
+        measured = {c.slug: significant(c.measured_step_s / scale) for c in validation.comparisons}
+        step = next(i for i, column in enumerate(columns) if column.header.startswith("step "))
+        cells = tuple(measured.get(e.plan.slug, "") for e in estimates)
+        if any(cells):
+            columns.insert(step + 1, Column(header=f"measured {unit}", cells=cells))
+    _, slug, why = reason_columns(estimates)
+    return [*columns, why, slug]
+
+
+def validation_page_columns(validation: Validation, names: Mapping[str, str]) -> list[Column]:
+    """The validation table with short names first and slugs last."""
+    slug, *rest = validation_columns(validation)
+    name = Column(header="plan", cells=tuple(names[c.slug] for c in validation.comparisons), text=True)
+    return [name, *rest, Column(header="slug", cells=slug.cells, text=True, code=True)]
+
+
+def stage_columns(validation: Validation, names: Mapping[str, str]) -> list[Column]:
+    """Peak of every pipeline rank, predicted and measured, of plans with a pipeline; all plans where none has one."""
+    piped = [c for c in validation.comparisons if len(c.stages) > 1] or list(validation.comparisons)
+    rows = [(c, stage) for c in piped for stage in c.stages]
+    scale, unit = memory_scale(max(stage.measured_bytes for _, stage in rows))
+    return [
+        Column(header="plan", cells=tuple(names[c.slug] for c, _ in rows), text=True),
+        Column(header="pp rank", cells=tuple(str(stage.pp) for _, stage in rows)),
+        Column(header=f"predicted {unit}", cells=tuple(f"{stage.predicted_bytes / scale:.1f}" for _, stage in rows)),
+        Column(header="measured", cells=tuple(f"{stage.measured_bytes / scale:.1f}" for _, stage in rows)),
+        Column(header="error", cells=tuple(signed_percent(stage.error) for _, stage in rows)),
+    ]
+
+
+def loss_columns(measurements: Sequence[Measurement], names: Mapping[str, str]) -> list[Column]:
+    """First and last loss of every run, and its greatest distance from the mean of all runs."""
+    runs = [m for m in measurements if m.losses]
+    steps = min((len(m.losses) for m in runs), default=0)
+    means = [sum(m.losses[i] for m in runs) / len(runs) for i in range(steps)]
+    apart = [max(abs(m.losses[i] - means[i]) for i in range(steps)) for m in runs]
+    return [
+        Column(header="plan", cells=tuple(names[m.slug] for m in runs), text=True),
+        Column(header="steps", cells=tuple(str(len(m.losses)) for m in runs)),
+        Column(header="first loss", cells=tuple(f"{m.losses[0]:.6f}" for m in runs)),
+        Column(header=f"loss of step {steps}", cells=tuple(f"{m.losses[steps - 1]:.6f}" for m in runs)),
+        Column(header="farthest from the mean", cells=tuple(f"{distance:.1e}" for distance in apart)),
+    ]
+
+
+def collective_columns(measurements: Sequence[Measurement], names: Mapping[str, str]) -> list[Column]:
+    """What the first rank of every run called in one step; no columns where nothing was counted."""
+    rows = [(m, c) for m in measurements for c in min(m.ranks, key=lambda rank: rank.rank).collectives]
+    if not rows:
+        return []
+    return [
+        Column(header="plan", cells=tuple(names[m.slug] for m, _ in rows), text=True),
+        Column(header="collective", cells=tuple(c.kind for _, c in rows), text=True),
+        Column(header="axis", cells=tuple(c.axis for _, c in rows), text=True),
+        Column(header="ranks", cells=tuple(str(c.group_size) for _, c in rows)),
+        Column(header="calls", cells=tuple(str(c.count) for _, c in rows)),
+        Column(header="MiB", cells=tuple(f"{c.num_bytes / MIB:.2f}" for _, c in rows)),
+    ]
+
+
+def traffic_columns(measurements: Sequence[Measurement], names: Mapping[str, str]) -> list[Column]:
+    """Bytes that every node's interface saw in a step; no columns where interfaces were not counted."""
+    rows = [(m, t) for m in measurements for t in m.traffic]
+    if not rows:
+        return []
+    return [
+        Column(header="plan", cells=tuple(names[m.slug] for m, _ in rows), text=True),
+        Column(header="node", cells=tuple(str(t.node) for _, t in rows)),
+        Column(header="sent MiB", cells=tuple(f"{t.sent_bytes / MIB:.2f}" for _, t in rows)),
+        Column(header="received MiB", cells=tuple(f"{t.received_bytes / MIB:.2f}" for _, t in rows)),
+    ]

@@ -1,0 +1,50 @@
+"""Everything of torch that is private or unstable, in one place. Tried on torch 2.11 and 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch import nn
+from torch.profiler import profile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfilerEvent:
+    """One raw event of the profiler: times in nanoseconds on its own clock, memory change in bytes."""
+
+    name: str
+    start_ns: int
+    duration_ns: int
+    num_bytes: int
+    asynchronous: bool
+    on_cpu: bool
+
+
+def profiler_events(profiler: profile) -> list[ProfilerEvent]:
+    """All events of an ended profiler in order of their start (its public lists leave out memory and clock)."""
+    raw: Iterable[Any] = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    found = [
+        ProfilerEvent(
+            name=event.name(),
+            start_ns=event.start_ns(),
+            duration_ns=event.duration_ns(),
+            num_bytes=event.nbytes(),
+            asynchronous=event.is_async(),
+            on_cpu="CPU" in str(event.device_type()),
+        )
+        for event in raw
+    ]
+    return sorted(found, key=lambda event: event.start_ns)
+
+
+def group_of(argument: Any) -> dist.ProcessGroup:
+    """The process group in an argument of a dispatched ``c10d`` operator."""
+    return cast(dist.ProcessGroup, dist.ProcessGroup.unbox(argument))
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a module drops anything in training, so that recomputation has to restore the random state."""
+    return any(isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0 for child in module.modules())
