@@ -150,7 +150,7 @@ def plan_layouts(setting: Setting, spec: ModelSpec) -> SearchResult:
     def refuse(plan: Plan) -> Any:
         return unsupported(plan, spec, plan.num_microbatches(setting.workload))
 
-    return search(setting, top=10_000, space=Space(min_microbatches=MIN_MICROBATCHES), unsupported=refuse)
+    return search(setting, top=10_000, space=Space(min_microbatches=MIN_MICROBATCHES, max_vp=1), unsupported=refuse)
 
 
 def choose(ranked: Sequence[Estimate], number: int) -> tuple[Estimate, ...]:
@@ -237,7 +237,7 @@ def measure(options: DemoOptions, say: Say, progress: OnMessage) -> DemoReport:
         one = Site(nodes=place.nodes[:1], ranks_per_node=1)
         reference = run_layouts(options, one, spec, workload, [reference_plan], progress)[0]
     collectives = {e.plan.slug: expected_collectives(setting, e.plan) for e in chosen}
-    validation = compare(chosen, measured, collectives)
+    validation = compare(chosen, measured, collectives=collectives)
     return DemoReport(
         title=f"{spec.name} on {profile.device_name}",
         command=options.command,

@@ -62,19 +62,29 @@ def rounds(kind: str, num_ranks: ArrayLike, algorithms: Mapping[str, str]) -> An
     return np.ones_like(n) if kind == "send" else n - 1
 
 
+def serial_bytes(kind: str, num_ranks: ArrayLike, num_bytes: ArrayLike, algorithms: Mapping[str, str]) -> Any:
+    """Bytes that pass one after another until the last rank has finished: sent_bytes, but for two of gloo's algorithms.
+
+    A broadcast by a ``tree`` of depth L = ceil(log2 N): the root sends L copies at once, its first child L-1 copies
+    after it has received its own, and so on, in all L (L+1)/2 (exact for powers of two, else an upper bound). An
+    all_gather in ``segments`` between two ranks: each sends its half in two segments and is ready to receive only
+    once the first is out, so that the rank that comes second delays the other by a segment: 3/2 of the half.
+    """
+    n, sent = np.asarray(num_ranks, dtype=float), sent_bytes(kind, num_ranks, num_bytes, algorithms)
+    if kind == "broadcast" and algorithms.get(kind) == "tree":
+        return sent * (np.ceil(np.log2(n)) + 1) / 2
+    if kind == "all_gather" and algorithms.get(kind) == "segments":
+        return np.where(n == 2, 1.5 * sent, sent)
+    return sent
+
+
 def link_seconds(
     kind: str, num_ranks: ArrayLike, num_bytes: ArrayLike, link: Link, algorithms: Mapping[str, str] | None = None
 ) -> Any:
-    """Collective over one kind of link: rounds a + sent bytes / B; zero for one rank.
-
-    In a broadcast by a tree of depth L = ceil(log2 N) the root sends L copies at once, the first of its children L-1
-    after it has received its own, and so on: the last rank has waited for L (L+1)/2 copies.
-    """
+    """Collective over one kind of link: rounds a + serial bytes / B; zero for one rank."""
     algorithms = algorithms or {}
     n = np.asarray(num_ranks, dtype=float)
-    serial = sent_bytes(kind, n, num_bytes, algorithms)
-    if kind == "broadcast" and algorithms.get(kind) == "tree":
-        serial = serial * (np.ceil(np.log2(n)) + 1) / 2
+    serial = serial_bytes(kind, n, num_bytes, algorithms)
     seconds = rounds(kind, n, algorithms) * link.latency + serial / link.speed
     return seconds if kind == "send" else np.where(n > 1, seconds, 0.0)
 

@@ -1,6 +1,6 @@
 """Measured collectives to curves and links, and measured sharing of a machine to a slowdown.
 
-Symbols: a seconds per message, B bytes/s per rank and direction; rounds and sent bytes as in ``collectives``.
+Symbols: a seconds per message, B bytes/s per rank and direction; rounds and serial bytes as in ``collectives``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodels.collectives import curve_seconds, link_seconds, rounds, sent_bytes
+from costmodels.collectives import curve_seconds, link_seconds, rounds, serial_bytes
 from costmodels.fitting import nonnegative_fit, relative_errors, summarize, weighted_median
 from costmodels.hardware import CollectiveCurve, Link
 from costmodels.profiles import CollectivePoint, Fit, MachineProfile
@@ -45,7 +45,7 @@ def fit_curves(profile: MachineProfile) -> tuple[CollectiveCurve, ...]:
 
 
 def fit_link(profile: MachineProfile, *, across_nodes: bool) -> Link:
-    """The links inside a node or between nodes: t = rounds a + sent / B, over kinds and group sizes.
+    """The links inside a node or between nodes: t = rounds a + serial / B, over kinds and group sizes.
 
     Between the nodes of an emulated cluster B is the given rate times its payload share, divided among the ranks of a
     node, and only a is fitted: as a weighted median, so that a kind that the formula does not describe cannot pull
@@ -110,25 +110,25 @@ def _algorithms(profile: MachineProfile) -> dict[str, str]:
 
 
 def _terms(points: Sequence[CollectivePoint], profile: MachineProfile) -> tuple[Array, Array, Array]:
-    """(rounds, bytes sent, seconds) of each point."""
+    """(rounds, bytes in series, seconds) of each point."""
     algorithms = _algorithms(profile)
     messages = np.array([float(rounds(p.kind, p.group_size, algorithms)) for p in points])
-    sent = np.array([float(sent_bytes(p.kind, p.group_size, p.num_bytes, algorithms)) for p in points])
-    return messages, sent, np.array([p.seconds for p in points])
+    serial = np.array([float(serial_bytes(p.kind, p.group_size, p.num_bytes, algorithms)) for p in points])
+    return messages, serial, np.array([p.seconds for p in points])
 
 
 def _fit_latency(points: Sequence[CollectivePoint], profile: MachineProfile, speed: float) -> float:
     if not points:
         return 0.0
-    messages, sent, seconds = _terms(points, profile)
-    return max(0.0, weighted_median((seconds - sent / speed) / messages, messages / seconds))
+    messages, serial, seconds = _terms(points, profile)
+    return max(0.0, weighted_median((seconds - serial / speed) / messages, messages / seconds))
 
 
 def _fit_latency_and_bandwidth(points: Sequence[CollectivePoint], profile: MachineProfile) -> tuple[float, float]:
     if not points:
         return 0.0, float("inf")
-    messages, sent, seconds = _terms(points, profile)
-    per_byte, latency = nonnegative_fit(np.stack([sent, messages], axis=1), seconds, seconds)
+    messages, serial, seconds = _terms(points, profile)
+    per_byte, latency = nonnegative_fit(np.stack([serial, messages], axis=1), seconds, seconds)
     return float(latency), float(1 / per_byte)
 
 

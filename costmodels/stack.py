@@ -29,10 +29,12 @@ class Stack:
         fused_accumulation: weight gradients are added to their sum by the product that makes them.
         bucketed_overlap: unsharded data parallel gradients are reduced in buckets during the last backward.
         bucket_bytes, first_bucket_bytes: of those buckets.
-        persistent_buckets: the buckets are allocated once and stay between steps.
+        persistent_gradients: gradients lie in buffers that stay between steps; else they come with each backward, and
+            where replicated ones are reduced in buckets, the buckets stay beside them.
         copies_buffers: gradients and gathered weights are copied to and from the buffers that are sent.
         shard_hidden, shard_leak: how sharded data parallel communication hides behind compute (see overlap).
         tensor_exposed: share of tensor parallel communication that is not hidden.
+        pipeline_buffers: a stage has receive buffers for all microbatches and keeps its results until their backward.
         gathered_blocks: blocks whose gathered parameters exist at once under ZeRO-3.
         loss_copies: logit-sized tensors alive in the loss's backward, beside what forward kept.
         reserve_bytes: context, communicators and libraries.
@@ -54,7 +56,8 @@ class Stack:
     bucketed_overlap: bool = True
     bucket_bytes: float = 25 * MIB
     first_bucket_bytes: float = 1 * MIB
-    persistent_buckets: bool = True
+    persistent_gradients: bool = False
+    pipeline_buffers: bool = True
     copies_buffers: bool = True
     shard_hidden: float = 0.0
     shard_leak: float = 0.0

@@ -13,7 +13,11 @@ from autopar.estimate import Estimate, Setting, estimate, timeline
 from autopar.measurement import CountedCollective, Measurement, RankMeasurement, Span
 from autopar.model.build import build_graph
 from autopar.model.presets import load_preset
-from autopar.plan import Plan, parse_slug
+from autopar.plan import Plan, Recompute, parse_slug
+from autopar.report import DemoReport
+from autopar.search.exhaustive import SearchResult, search
+from autopar.search.space import Space
+from autopar.validate import compare
 from autopar.workload import Precision, Workload
 from costmodels.collectives import collective_seconds
 from costmodels.compute import attention_seconds, matmul_seconds
@@ -200,6 +204,37 @@ def sample_measurements(sample_setting: Setting, sample_estimates: list[Estimate
 def sample_profile(sample_setting: Setting) -> MachineProfile:
     """See ``make_profile``."""
     return make_profile(sample_setting)
+
+
+@pytest.fixture(scope="session")
+def sample_search(sample_setting: Setting) -> SearchResult:
+    """The best plans of a small space, the runs' among them or not."""
+    return search(sample_setting, top=10, space=Space(recompute=(Recompute.NONE,), max_vp=2, max_cp=1))
+
+
+@pytest.fixture(scope="session")
+def sample_report(
+    sample_setting: Setting,
+    sample_estimates: list[Estimate],
+    sample_measurements: list[Measurement],
+    sample_profile: MachineProfile,
+    sample_search: SearchResult,
+) -> DemoReport:
+    """Everything that a report needs."""
+    return DemoReport(
+        title="A small GPT on four ranks <made up>",
+        command="autopar demo -o reports/demo",
+        date="2026-01-02T03:04:05Z",
+        machine={"processor": "AMD EPYC 9B14, 2 cores", "torch": "2.13.0+cpu & gloo"},
+        model=MODEL,
+        setting=sample_setting,
+        profile=sample_profile,
+        result=sample_search,
+        estimates=tuple(sample_estimates),
+        measurements=tuple(sample_measurements),
+        validation=compare(sample_estimates, sample_measurements),
+        notes=("Four ranks share two cores.",),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -85,9 +85,10 @@ def _evaluate(setting: Setting, plans: PlanArrays) -> Iterator[tuple[Ints, dict[
         work = rank_work(prices, rows[indices], counts, is_block, group.recompute)
         work = with_overheads(work, group, setting.stack)
         m = np.asarray(setting.workload.global_batch / (group.dp * group.microbatch))
-        transfer = transfer_seconds(setting, group, boundary[rows[indices]])
+        edge = boundary[rows[indices]]
+        transfer = transfer_seconds(setting, group, edge)
         ends = _pipeline_ends(setting, group, work, m, transfer)
-        yield indices, step_terms(setting, group, work, m, transfer, ends), rank_memory(setting, group, work, m)
+        yield indices, step_terms(setting, group, work, m, transfer, ends), rank_memory(setting, group, work, m, edge)
 
 
 def _pipeline_ends(setting: Setting, plans: PlanArrays, work: RankWork, m: Floats, transfer: Floats) -> PipelineEnds:

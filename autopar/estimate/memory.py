@@ -1,7 +1,7 @@
 """Bytes that each pipeline rank holds at its peak, by item, arrays [plans, ranks].
 
 The peak of a step is one of two moments. At the first backward of the last microbatch to arrive all activations in
-flight are held, and the gradients only if an earlier backward or a persistent bucket has made them. At the end of the
+flight are held, and the gradients only if an earlier backward has made them or their buffers stay. At the end of the
 last backward the gradients are whole and one microbatch's activations are gone.
 """
 
@@ -39,50 +39,70 @@ class RankMemory:
         return sum((getattr(self, item) for item in ITEMS), np.zeros_like(self.parameters))
 
 
-def rank_memory(setting: Setting, plans: PlanArrays, work: RankWork, num_microbatches: Floats) -> RankMemory:
-    """Peak of every rank. ``num_microbatches`` is [plans]; the other arrays are [plans, ranks]."""
+def rank_memory(
+    setting: Setting, plans: PlanArrays, work: RankWork, num_microbatches: Floats, boundary: Floats
+) -> RankMemory:
+    """Peak of every rank. ``num_microbatches`` and ``boundary`` (bytes between stages) are [plans]."""
     stack, column = setting.stack, (slice(None), None)
-    ranks = work.parameters.shape[1]
-    zero, shards = plans.zero[column], plans.shards[column]
-    m = num_microbatches[column]
-    flight = in_flight(
-        np.arange(ranks)[None, :], plans.pp[column], m, plans.vp[column], all_forward_first=plans.gpipe[column]
-    )
+    zero, shards, m = plans.zero[column], plans.shards[column], num_microbatches[column]
+    flight = _in_flight(plans, work, m)
     weights = work.parameters * setting.weight_bytes
     parameters = sharded(weights, zero, 3, shards)
+    # FSDP2 keeps the shards beside what it gathers; ZeRO-2 with gathered weights until the last backward.
+    shard_beside = np.where((zero == 2) & (shards > 1) & ~np.asarray(stack.persistent_gradients), weights / shards, 0.0)
     gradients = sharded(work.parameters * setting.gradient_bytes, zero, 2, shards)
     state = optimizer_bytes_per_parameter(setting.workload.optimizer.value, setting.weight_bytes, stack.master_weights)
     optimizer = sharded(work.parameters * state, zero, 1, shards)
-    gathered = _gathered_bytes(setting, plans, work)
+    in_buckets = (zero == 0) & (plans.replicas[column] > 1) & ~np.asarray(stack.persistent_gradients)
+    buckets = np.where(in_buckets, gradients, 0.0)
 
-    replicated = (zero == 0) & (plans.replicas[column] > 1)
-    early = (m > flight) | (replicated & stack.persistent_buckets)
+    early = (m > flight) | stack.persistent_gradients
     full = work.kept * flight + work.block_kept
     late = work.kept * np.maximum(flight - 1, 0.0)
     gradient_of_largest = work.largest * setting.gradient_bytes
-    at_start = np.where(early, gradients, 0.0) + full + work.working
-    at_end = gradients + late + gradient_of_largest
+    # Unsharded gradients of a sharded block wait for their scatter.
+    waiting = np.where((zero >= 2) & (shards > 1), work.block_parameters * setting.gradient_bytes, 0.0)
+    whole = np.where(in_buckets & (m == 1), 0.0, gradients)
+    at_start = np.where(early, whole, 0.0) + full + work.working
+    at_end = whole + late + gradient_of_largest + waiting
     first = at_start >= at_end
-    chosen_gradients = np.where(first & ~early, 0.0, gradients)
+    buffers = buckets + shard_beside + _gathered_bytes(setting, plans, work) + np.where(first, 0.0, waiting)
+    buffers = buffers + _pipeline_bytes(setting, plans, flight, m, boundary)
+    used_gradients = np.where(first & ~early, 0.0, whole)
     activations = np.where(first, full, late)
     working = np.where(first, work.working, gradient_of_largest)
-    used = parameters + chosen_gradients + optimizer + activations + working + gathered
+    used = parameters + used_gradients + optimizer + activations + working + buffers
     return RankMemory(
         parameters=parameters,
-        gradients=chosen_gradients,
+        gradients=used_gradients,
         optimizer=optimizer,
         activations=activations,
         working=working,
-        buffers=gathered,
+        buffers=buffers,
         reserve=stack.reserve_bytes + stack.fragmentation * used,
     )
 
 
+def _in_flight(plans: PlanArrays, work: RankWork, m: Floats) -> Floats:
+    ranks = np.arange(work.parameters.shape[1])[None, :]
+    return np.asarray(in_flight(ranks, plans.pp[:, None], m, plans.vp[:, None], all_forward_first=plans.gpipe[:, None]))
+
+
 def _gathered_bytes(setting: Setting, plans: PlanArrays, work: RankWork) -> Floats:
-    """Blocks' gathered parameters under ZeRO-3, and the gradients of one block before they are scattered."""
-    zero = plans.zero[:, None]
-    block = work.block_parameters * setting.weight_bytes
-    gradient = work.block_parameters * setting.gradient_bytes
-    sharded_axis = plans.shards[:, None] > 1
-    some = block * setting.stack.gathered_blocks + gradient
-    return np.where(sharded_axis & (zero == 3), some, np.where(sharded_axis & (zero == 2), gradient, 0.0))
+    """Gathered weights of the blocks that ZeRO-3 computes and fetches; ZeRO-2 counts them as parameters."""
+    block = work.block_parameters * setting.weight_bytes * setting.stack.gathered_blocks
+    return np.where((plans.shards[:, None] > 1) & (plans.zero[:, None] == 3), block, 0.0)
+
+
+def _pipeline_bytes(setting: Setting, plans: PlanArrays, flight: Floats, m: Floats, boundary: Floats) -> Floats:
+    """Receive buffers, one per microbatch, virtual stage and neighbour, and results in flight, which no stage keeps.
+
+    The first stage receives only gradients, the last only activations.
+    """
+    ranks = np.arange(flight.shape[1])[None, :]
+    pp, vp = plans.pp[:, None], plans.vp[:, None]
+    first, last = ranks == 0, ranks == pp - 1
+    received = m * (2 * vp - first - last)
+    results = flight * (vp - last)
+    used = np.where(pp > 1, (received + results) * boundary[:, None], 0.0)
+    return used if setting.stack.pipeline_buffers else np.zeros_like(used)

@@ -199,7 +199,9 @@ def working_bytes(op: Op, setting: Setting, degrees: Degrees) -> Any:
         [tensor for tensor in op.saved if not tensor.name.endswith(("statistics", "logsumexp"))],
         setting.graph, degrees, setting.stack,
     )  # fmt: skip
-    return op.output_bytes * share + gradients
+    # A row product's result is reduced out of place.
+    reduced = op.output_bytes * share * ((np.asarray(degrees.tp) > 1) & (op.split is Split.ROW))
+    return op.output_bytes * share + gradients + reduced
 
 
 def _seconds(setting: Setting, collective: Collective, ranks: Any, stride: Any) -> Any:

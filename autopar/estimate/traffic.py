@@ -20,6 +20,7 @@ from autopar.shard import Degrees, boundary_bytes, owned_parameters, parameter_s
 from costmodels.stack import Stack
 
 Key = tuple[str, str, int]
+LOSS_BYTES = 4
 
 
 class _Ledger:
@@ -44,7 +45,7 @@ class _Ledger:
 
 
 def expected_collectives(setting: Setting, plan: Plan) -> tuple[tuple[CountedCollective, ...], ...]:
-    """Collectives of one step, by pipeline rank; ranks that differ only in other axes do the same."""
+    """Collectives of one step, by rank; ranks that differ in other axes than the pipeline's do the same."""
     graph, layout = setting.graph, plan.layout
     blocks = plan.blocks_of_stages(graph.num_blocks)
     first_block = np.cumsum((0, *blocks))
@@ -56,14 +57,14 @@ def expected_collectives(setting: Setting, plan: Plan) -> tuple[tuple[CountedCol
         for stage in range(rank, plan.num_stages, layout.pp):
             held = range(first_block[stage], first_block[stage + 1])
             by_block = [graph.block_ops(block) for block in held]
-            ends = (graph.block_ops(-1) if stage == 0 else ()) + (
-                graph.block_ops(graph.num_blocks) if stage == plan.num_stages - 1 else ()
-            )
-            _count_tensor(ledger, setting, plan, by_block, ends, m)
-            _count_data(ledger, setting, plan, by_block, ends, [a for a in schedule[rank] if a.stage == stage])
+            before = graph.block_ops(-1) if stage == 0 else ()
+            after = graph.block_ops(graph.num_blocks) if stage == plan.num_stages - 1 else ()
+            _count_tensor(ledger, setting, plan, by_block, (*before, *after), m)
+            actions = [action for action in schedule[rank] if action.stage == stage]
+            _count_data(ledger, setting, plan, (before, *by_block, after), actions)
             _count_pipeline(ledger, setting, plan, stage, m)
         entries.append(ledger.entries())
-    return tuple(entries)
+    return tuple(entries[layout.coordinates(rank)["pp"]] for rank in range(layout.world_size))
 
 
 def _degrees(plan: Plan) -> Degrees:
@@ -90,17 +91,16 @@ def _is_norm(op: Op) -> bool:
 
 
 def _count_data(
-    ledger: _Ledger, setting: Setting, plan: Plan, by_block: Sequence[Sequence[Op]], ends: Sequence[Op],
-    actions: Sequence[Action],
-) -> None:  # fmt: skip
+    ledger: _Ledger, setting: Setting, plan: Plan, parts: Sequence[Sequence[Op]], actions: Sequence[Action]
+) -> None:
+    """``parts``: operations before the blocks, of each block, and after them."""
     layout = plan.layout
-    groups = [ops for ops in (*by_block, ends) if owned_parameters(ops)]
     if plan.zero_stage == 0:
-        sizes = [
-            size * setting.reduce_bytes for size in parameter_elements([*ends, *_flat(by_block)], plan, setting.stack)
-        ]
+        whole = [size for ops in parts for size in parameter_elements(ops, plan, setting.stack)]
+        sizes = [size * setting.reduce_bytes for size in whole]
         ledger.add("all_reduce", "dp", layout.dp, num_buckets(sizes, setting.stack), sum(sizes))
         return
+    groups = [ops for ops in (*parts[1:-1], (*parts[0], *parts[-1])) if owned_parameters(ops)]
     axis = "dp_shard" if layout.dp_replicate > 1 else "dp"
     gathers = num_gathers(actions, plan)
     for ops in groups:
@@ -109,10 +109,6 @@ def _count_data(
         ledger.add("reduce_scatter", axis, layout.dp_shard, 1, elements * setting.reduce_bytes)
         shard = elements * setting.reduce_bytes / layout.dp_shard
         ledger.add("all_reduce", "dp_replicate", layout.dp_replicate, 1, shard)
-
-
-def _flat(by_block: Sequence[Sequence[Op]]) -> list[Op]:
-    return [op for ops in by_block for op in ops]
 
 
 def parameter_elements(ops: Iterable[Op], plan: Plan, stack: Stack) -> list[float]:
@@ -154,3 +150,6 @@ def _count_pipeline(ledger: _Ledger, setting: Setting, plan: Plan, stage: int, m
         if 0 <= neighbour < plan.num_stages:
             for kind in ("send", "recv"):
                 ledger.add(kind, "pp", plan.layout.pp, m, size)
+    if stage < plan.layout.pp:
+        # The last stage tells the others the loss.
+        ledger.add("broadcast", "pp", plan.layout.pp, 1, LOSS_BYTES)

@@ -225,7 +225,7 @@ def _initialize(name: str, parameter: nn.Parameter, spec: ModelSpec, seed: int) 
         parameter.fill_(1.0)
     else:
         std = INIT_STD * (2 * spec.num_layers) ** -0.5 if module in ("output", "down") else INIT_STD
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
         parameter.copy_(values)
 

@@ -28,6 +28,7 @@ class Column:
         drop: when space is short, columns with the highest value go first; ``KEEP`` stays.
         wraps: words that may take several lines, at least ``min_width`` wide.
         code: set in a monospaced font where there is a choice.
+        details: what a page adds in small print below each cell.
     """
 
     header: str
@@ -36,6 +37,7 @@ class Column:
     drop: int = KEEP
     wraps: bool = False
     code: bool = False
+    details: tuple[str, ...] = ()
     min_width: int = 24
 
     @property
@@ -122,7 +124,8 @@ def _align(column: Column) -> str:
 
 def _cell(column: Column, row: int) -> str:
     cell = escape(column.cells[row])
-    return f"<code>{cell}</code>" if column.code else cell
+    cell = f"<code>{cell}</code>" if column.code else cell
+    return f"{cell}<small>{escape(column.details[row])}</small>" if column.details else cell
 
 
 def markdown_table(columns: Sequence[Column]) -> str:

@@ -39,8 +39,8 @@ def draw(report: DemoReport) -> dict[str, Drawing]:
         Drawing(
             name="step-breakdown",
             figure=plots.step_breakdown(report.estimates, names, validation),
-            caption="Bars are predictions, split by what the time is spent on. The black line is the median of the "
-            "measured steps with its quartiles; the number is the prediction's error.",
+            caption="Bars are predictions, split by what the time is spent on. The line across a bar is the median of "
+            "the measured steps with its quartiles; the number is the prediction's error.",
             description="Stacked bars of the predicted parts of a step, one per plan, with the measured step time",
         ),
         Drawing(

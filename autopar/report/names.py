@@ -56,6 +56,21 @@ def layout_name(plan: Plan) -> str:
     return " ".join(parts) or "1 rank"
 
 
+def layout_words(plan: Plan) -> str:
+    """The same for a headline: ``pipeline of 2 ranks × 2-way data parallel (ZeRO-2)``."""
+    layout, parts = plan.layout, []
+    if layout.tp > 1:
+        parts.append(f"{layout.tp}-way tensor parallel" + (" with sequence parallel" if plan.sequence_parallel else ""))
+    if layout.pp > 1:
+        virtual = f", {layout.vp} virtual stages each" if layout.vp > 1 else ""
+        parts.append(f"pipeline of {layout.pp} ranks{virtual}")
+    if layout.cp > 1:
+        parts.append(f"{layout.cp}-way context parallel")
+    if layout.dp > 1:
+        parts.append(f"{layout.dp}-way data parallel" + (f" ({sharding_name(plan)})" if plan.zero_stage else ""))
+    return " × ".join(parts) or "one rank"
+
+
 _DETAILS: tuple[Callable[[Plan], str], ...] = (
     lambda plan: f"mb{plan.microbatch_size}",
     lambda plan: "" if plan.recompute is Recompute.NONE else f"ac-{plan.recompute}",

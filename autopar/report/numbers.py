@@ -38,7 +38,7 @@ def parts_of(values: Sequence[float], whole: float, decimals: int) -> list[str]:
     floors = [math.floor(value) for value in scaled]
     missing = round(whole * unit) - sum(floors)
     order = sorted(range(len(values)), key=lambda i: floors[i] - scaled[i])
-    assert -1 <= missing <= len(values), "the parts add up to the whole"
+    assert math.isclose(sum(values), whole, rel_tol=1e-6, abs_tol=1e-9), "the parts add up to the whole"
     for i in order[:missing] if missing > 0 else []:
         floors[i] += 1
     return [f"{part / unit:.{decimals}f}" for part in floors]

@@ -8,10 +8,11 @@ from html import escape
 from importlib import resources
 from string import Template
 
+from autopar.plan import Plan, Recompute
 from autopar.report.columns import Column, html_table
 from autopar.report.content import DemoReport
 from autopar.report.gallery import Drawing, draw
-from autopar.report.names import layout_name
+from autopar.report.names import layout_words
 from autopar.report.numbers import percent, signed_percent, significant
 from autopar.report.rows import (
     collective_columns,
@@ -125,12 +126,18 @@ def _headline(report: DemoReport) -> str:
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in report.notes)
     return (
         '<div class="choice"><p class="label">Recommended plan</p>'
-        f'<p class="name">{escape(layout_name(best.plan))}, microbatches of {best.plan.microbatch_size}</p>'
+        f'<p class="name">{escape(_choice(best.plan))}</p>'
         f"<p><code>{escape(best.plan.slug)}</code></p>"
         f"<p>{significant(best.step_s / scale)} {unit} per step predicted, {escape(found)}. "
         f"Reason: {escape(reason(best, best))}.</p></div>"
         f'<ul class="tiles">{items}</ul>{notes}'
     )
+
+
+def _choice(plan: Plan) -> str:
+    words = layout_words(plan)
+    again = "" if plan.recompute is Recompute.NONE else f", {plan.recompute} recomputation"
+    return f"{words[0].upper()}{words[1:]}, microbatches of {plan.microbatch_size}{again}"
 
 
 def _regret_text(report: DemoReport) -> str:
@@ -157,7 +164,7 @@ def _ranking(report: DemoReport) -> _Section:
     best, device = report.result.best, report.device_word
     body = (
         f"<p>{escape(search_line(report.result))}.</p>"
-        f"{html_table(ranked_columns(best, report.validation, device=device), strong=(0,))}"
+        f"{html_table(ranked_columns(best, report.names(), report.validation, device=device), strong=(0,))}"
         f"<p class=legend>{escape(plans_caption(best[0], device=device))} "
         "measured: median, where the plan was run.</p>"
     )
@@ -165,7 +172,7 @@ def _ranking(report: DemoReport) -> _Section:
 
 
 def _time(report: DemoReport, figures: _Figures) -> _Section:
-    table = html_table(breakdown_columns(report.recommended), strong=())
+    table = _totalled(breakdown_columns(report.recommended))
     body = f"{figures.html('step-breakdown', 'middle')}<h3>The recommended plan in numbers</h3>{table}"
     return _Section("time", "Where the time goes", body)
 
@@ -173,7 +180,7 @@ def _time(report: DemoReport, figures: _Figures) -> _Section:
 def _memory(report: DemoReport, figures: _Figures) -> _Section:
     body = (
         f"{figures.html('memory', 'middle')}<div class=columns>"
-        f"<div><h3>The recommended plan</h3>{html_table(memory_columns(report.recommended))}</div>"
+        f"<div><h3>The recommended plan</h3>{_totalled(memory_columns(report.recommended))}</div>"
         f"<div><h3>Peak by pipeline rank</h3>{html_table(stage_columns(report.validation, report.run_names()))}</div>"
         "</div>"
     )
@@ -187,7 +194,7 @@ def _timeline(figures: _Figures) -> _Section:
 def _losses(report: DemoReport, figures: _Figures) -> _Section:
     body = figures.html("losses", "middle")
     if body:
-        body += html_table(loss_columns(report.measurements, report.run_names()))
+        body += _folded("Losses in numbers", loss_columns(report.measurements, report.run_names()))
     return _Section("losses", "Losses", body)
 
 
@@ -222,6 +229,11 @@ def _provenance(report: DemoReport) -> _Section:
     body = f"<dl>{rows}</dl>{assumptions}{counted}{wire}<p>This command makes the page again:</p>"
     body += f"<pre><code>{escape(report.command)}</code></pre>"
     return _Section("provenance", "How each number came about", body)
+
+
+def _totalled(columns: Sequence[Column]) -> str:
+    """A table whose last row is the total."""
+    return html_table(columns, strong=(len(columns[0].cells) - 1,))
 
 
 def _listing(title: str, lines: Sequence[str]) -> str:

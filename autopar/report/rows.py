@@ -13,10 +13,15 @@ from autopar.report.tables import plan_columns, reason_columns, validation_colum
 from autopar.validate import Validation
 from costmodels.units import MIB
 
+DEGREES = ("tp", "pp", "vp", "cp", "dp", "sharding")
+"""Columns that a plan's short name makes superfluous."""
 
-def ranked_columns(estimates: Sequence[Estimate], validation: Validation | None, *, device: str) -> list[Column]:
-    """Ranked plans with their numbers, measured time where there is one, reason and slug."""
-    columns = plan_columns(estimates, device=device)
+
+def ranked_columns(
+    estimates: Sequence[Estimate], names: Mapping[str, str], validation: Validation | None, *, device: str
+) -> list[Column]:
+    """Ranked plans by name and reason with their numbers, the measured time where there is one, and the slug."""
+    rank, *columns = [c for c in plan_columns(estimates, device=device) if c.header not in DEGREES]
     if validation is not None:
         scale, unit = time_scale(min(e.step_s for e in estimates))
         measured = {c.slug: significant(c.measured_step_s / scale) for c in validation.comparisons}
@@ -24,15 +29,17 @@ def ranked_columns(estimates: Sequence[Estimate], validation: Validation | None,
         cells = tuple(measured.get(e.plan.slug, "") for e in estimates)
         if any(cells):
             columns.insert(step + 1, Column(header=f"measured {unit}", cells=cells))
-    _, slug, why = reason_columns(estimates)
-    return [*columns, why, slug]
+    _, slugs, why = reason_columns(estimates)
+    named = tuple(names[slug] for slug in slugs.cells)
+    plan = Column(header="plan and reason", cells=named, text=True, details=why.cells)
+    return [rank, plan, *columns, slugs]
 
 
 def validation_page_columns(validation: Validation, names: Mapping[str, str]) -> list[Column]:
-    """The validation table with short names first and slugs last."""
-    slug, *rest = validation_columns(validation)
-    name = Column(header="plan", cells=tuple(names[c.slug] for c in validation.comparisons), text=True)
-    return [name, *rest, Column(header="slug", cells=slug.cells, text=True, code=True)]
+    """The validation table with short names, slugs below them."""
+    slugs, *rest = validation_columns(validation)
+    named = tuple(names[slug] for slug in slugs.cells)
+    return [Column(header="plan", cells=named, text=True, details=slugs.cells), *rest]
 
 
 def stage_columns(validation: Validation, names: Mapping[str, str]) -> list[Column]:

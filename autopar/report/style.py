@@ -31,25 +31,25 @@ ACCENT = "#1f5fa8"
 TERM_COLORS = {
     "forward": "#8cc4f0",
     "backward": "#1f5fa8",
-    "recompute": "#35b5a6",
+    "recompute": "#1fa79a",
     "tensor_parallel": "#d55e00",
     "context_parallel": "#8f2d56",
     "pipeline_bubble": "#d3d6db",
     "pipeline_transfer": "#f0a830",
-    "processor_sharing": "#8b929c",
-    "gradient_accumulation": "#b9c750",
-    "data_parallel": "#d987b4",
+    "processor_sharing": "#6f7783",
+    "gradient_accumulation": "#d3e07a",
+    "data_parallel": "#f08cc0",
     "optimizer": "#23814c",
 }
 
 MEMORY_COLORS = {
     "parameters": "#6a51a3",
-    "gradients": "#b9c750",
+    "gradients": "#d3e07a",
     "optimizer": "#23814c",
     "activations": "#8cc4f0",
     "working": "#35b5a6",
-    "buffers": "#d987b4",
-    "reserve": "#8b929c",
+    "buffers": "#c2187f",
+    "reserve": "#c9ced5",
 }
 
 SERIES = ("#1f5fa8", "#d55e00", "#23814c", "#d987b4", "#f0a830", "#35b5a6", "#6a51a3", "#8b929c")

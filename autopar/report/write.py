@@ -12,9 +12,8 @@ from autopar.report.columns import markdown_table
 from autopar.report.content import DemoReport
 from autopar.report.gallery import draw
 from autopar.report.page import render_page
-from autopar.report.rows import validation_page_columns
 from autopar.report.style import save_png
-from autopar.report.tables import VALIDATION_CAPTION, search_line, verdict
+from autopar.report.tables import VALIDATION_CAPTION, search_line, validation_columns, verdict
 from autopar.report.trace import chrome_trace
 from autopar.search.reason import reason
 from costmodels.records import to_plain, write_json, write_text
@@ -110,7 +109,7 @@ def readme(report: DemoReport) -> str:
         f"{machine}\n\n"
         f"Recommended: `{best.plan.slug}` ({search_line(report.result)}).\n\n"
         f"{verdict(report.validation).capitalize()}.\n{notes}\n"
-        f"{markdown_table(validation_page_columns(report.validation, report.run_names()))}\n"
+        f"{markdown_table(validation_columns(report.validation))}\n"
         f"{VALIDATION_CAPTION}\n\n"
         "![Predicted against measured](plots/predicted-measured.png)\n\n"
         "![Predicted step by its parts](plots/step-breakdown.png)\n"

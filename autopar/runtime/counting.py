@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autopar.errors import RunError
 from autopar.measurement import CountedCollective
 from autopar.runtime.mesh import DATA_AXES
-from autopar.runtime.private import group_of
+from autopar.runtime.private import group_named, group_of
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 # Operators of the dispatcher: kind, and the positions of the whole (unsharded) payload and of the group.
@@ -95,7 +95,7 @@ class CollectiveCounter(TorchDispatchMode):
         elif func.namespace != "c10d" and name.partition("::")[2] in _FUNCTIONAL:
             kind, payload, group, size = _FUNCTIONAL[name.partition("::")[2]]
             parts = args[size] if size is not None else 1
-            self._add(kind, parts * _num_bytes(args[payload]), _named_group(args[group]))
+            self._add(kind, parts * _num_bytes(args[payload]), group_named(args[group]))
         elif name not in _SILENT and name.partition("::")[2] not in _WAITS:
             raise RunError(f"the step calls the collective {name}, which is not counted yet")
 
@@ -108,10 +108,6 @@ def _num_bytes(payload: Any) -> int:
     if isinstance(payload, Tensor):
         return payload.numel() * payload.element_size()
     return sum(_num_bytes(item) for item in payload)
-
-
-def _named_group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def axis_names(mesh: DeviceMesh | None) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from autopar.errors import RunError
 from autopar.runtime.diagnosis import explain_failure, explain_stall
-from autopar.runtime.nodes import LOCAL_ADDRESS, Node
+from autopar.runtime.nodes import INTERFACE_VARIABLE, LOCAL_ADDRESS, Node
 from autopar.runtime.processes import MARK_VARIABLE, end_marked
 from autopar.runtime.progress import (
     FAILED,
@@ -180,7 +180,8 @@ class _Run:
 
 def _interface_variables(node: Node) -> dict[str, str]:
     if node.interface is not None:
-        return {"GLOO_SOCKET_IFNAME": node.interface, "NCCL_SOCKET_IFNAME": node.interface}
+        names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", INTERFACE_VARIABLE)
+        return dict.fromkeys(names, node.interface)
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     return {"GLOO_SOCKET_IFNAME": loopback} if loopback and node.address == LOCAL_ADDRESS else {}
 

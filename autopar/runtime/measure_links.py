@@ -18,6 +18,7 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all"
 _KIB = 1024
 SIZES = (4 * _KIB, 32 * _KIB, 256 * _KIB, 1024 * _KIB, 4096 * _KIB, 16384 * _KIB, 32768 * _KIB)
 QUICK_SIZES = (16 * _KIB, 256 * _KIB, 2048 * _KIB)
+_SLOW_CALL_S = 0.3
 _BATCH_S = 0.03
 _MAX_CALLS, _MIN_BATCHES, _MAX_BATCHES = 20, 2, 9
 
@@ -73,7 +74,7 @@ def measure_collectives(
     Args:
         sizes: bytes of the whole tensor.
         budget_s: for one kind, size and layout.
-        link_rate: bytes/s of an emulated link; sizes that would take longer than the budget are left out.
+        link_rate: bytes/s of an emulated link; sizes whose all-reduce takes longer than 0.3 s on it are left out.
 
     Yields:
         (kind and group size, points of it).
@@ -87,7 +88,7 @@ def measure_collectives(
             points = [
                 _measure(kind, device, group, ranks, layout, size, budget_s)
                 for size in sizes
-                if slow is None or size <= sizes[0] or 2 * size / slow * layout.stride <= budget_s
+                if slow is None or size <= sizes[0] or 1.5 * size / slow * layout.stride <= _SLOW_CALL_S
             ]
             yield f"{kind} of {layout.size}", tuple(points)
         dist.destroy_process_group(group)

@@ -8,11 +8,10 @@ sight, and are told by the caller.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from autopar.runtime.private import profiler_events
@@ -21,15 +20,15 @@ from autopar.runtime.tensor_parallel import local_tensor
 MEMORY_EVENT = "[memory]"
 
 
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages of tensors; of DTensors, of this rank's part."""
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Addresses and bytes of the storages of tensors, each once; of DTensors, of this rank's part."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
         local = local_tensor(tensor)
         if local.device.type != "meta" and local.layout == torch.strided:
             storage = local.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+    return sizes
 
 
 def local_bytes(tensors: Iterable[Tensor]) -> int:
@@ -37,25 +36,23 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(local.numel() * local.element_size() for local in map(local_tensor, tensors))
 
 
-def live_bytes() -> int:
-    """Bytes of all tensors on the CPU that Python knows of."""
+def live_storages() -> dict[int, int]:
+    """Storages of all tensors on the CPU that Python knows of."""
     gc.collect()
-    found = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and not issubclass(type(o), DTensor)]
-    return storage_bytes(tensor for tensor in found if tensor.device.type == "cpu" and not _is_wrapper(tensor))
+    # Subclasses with their own dispatch (DTensor, results that are still being communicated) only wrap other tensors.
+    found = [o for o in gc.get_objects() if getattr(type(o), "__torch_dispatch__", None) is Tensor.__torch_dispatch__]
+    tensors = [o for o in found if issubclass(type(o), Tensor)]
+    return storages(tensor for tensor in tensors if tensor.device.type == "cpu")
 
 
-def _is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor is a subclass without storage of its own, such as a result that is still being communicated."""
-    return hasattr(type(tensor), "__tensor_flatten__")
-
-
-def measure_peak(step: Callable[[], None], device: torch.device, unseen_bytes: int) -> tuple[int, int]:
+def measure_peak(step: Callable[[], None], device: torch.device, unseen: Mapping[int, int]) -> tuple[int, int]:
     """Run a step and tell the bytes held before it and its peak.
 
     Args:
         step: what to run; nothing that is alive before it may be released in it.
         device: where its tensors are.
-        unseen_bytes: alive before, but not as tensors of Python (CPU only; CUDA's allocator sees everything).
+        unseen: storages that are alive before, but perhaps not as tensors of Python (for the CPU; CUDA's allocator
+            sees everything).
     """
     if device.type == "cuda":
         gc.collect()
@@ -65,7 +62,7 @@ def measure_peak(step: Callable[[], None], device: torch.device, unseen_bytes: i
         step()
         torch.cuda.synchronize(device)
         return held, torch.cuda.max_memory_allocated(device)
-    held = live_bytes() + unseen_bytes
+    held = sum((live_storages() | dict(unseen)).values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     running = highest = 0

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from autopar.errors import RunError
 
 LOCAL_ADDRESS = "127.0.0.1"
+# Tells a rank which interface its node is counted by.
+INTERFACE_VARIABLE = "AUTOPAR_INTERFACE"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

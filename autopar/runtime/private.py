@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.profiler import profile
 
 
@@ -42,7 +43,13 @@ def profiler_events(profiler: profile) -> list[ProfilerEvent]:
 
 def group_of(argument: Any) -> dist.ProcessGroup:
     """The process group in an argument of a dispatched ``c10d`` operator."""
-    return cast(dist.ProcessGroup, dist.ProcessGroup.unbox(argument))
+    return dist.ProcessGroup.unbox(argument)
+
+
+def group_named(name: str) -> dist.ProcessGroup:
+    """The process group of a name, which is how functional collectives know it."""
+    group: dist.ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    return group
 
 
 def has_dropout(module: nn.Module) -> bool:

@@ -51,7 +51,11 @@ class SpanRecorder:
 
 
 def record_spans(
-    step: Callable[[SpanRecorder], None], calls: Sequence[Call], device: torch.device, origin_ns: Callable[[], int]
+    step: Callable[[SpanRecorder], None],
+    calls: Sequence[Call],
+    device: torch.device,
+    meet: Callable[[], object],
+    first: Callable[[int], int],
 ) -> tuple[Span, ...]:
     """Run a step and return what it did.
 
@@ -59,18 +63,21 @@ def record_spans(
         step: runs one step under the given observer.
         calls: collectives of an equal step in the order of the calls, which give communication its axis.
         device: where the step computes.
-        origin_ns: asked after the step for the beginning of the step on all ranks, monotonic nanoseconds.
+        meet: waits for all ranks, just before the step.
+        first: from this rank's beginning of the step to the earliest on any rank, monotonic nanoseconds.
     """
     recorder = SpanRecorder(device=device)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
+        meet()
         marked_ns = time.monotonic_ns()
         with record_function(MARK):
             pass
         step(recorder)
-    origin = origin_ns()
+    origin = first(marked_ns)
     events = profiler_events(profiler)
-    shift = marked_ns - next(event.start_ns for event in events if event.name == MARK)
+    mark = next(event.start_ns for event in events if event.name == MARK)
+    events, shift = [event for event in events if event.start_ns >= mark], marked_ns - mark
     spans = [_span(name, _phase(name), start - origin, end - origin) for name, start, end in recorder.spans]
     for name, event in _communication(events, calls):
         start = event.start_ns + shift - origin
@@ -90,7 +97,8 @@ def _phase(action: str) -> str:
 
 def _communication(events: Sequence[ProfilerEvent], calls: Sequence[Call]) -> list[tuple[str, ProfilerEvent]]:
     """Events of the backend, named ``kind axis`` after the calls where there are as many, else by the backend."""
-    found = [event for event in events if _BACKEND_EVENT.match(event.name)]
+    every = [event for event in events if _BACKEND_EVENT.match(event.name)]
+    found = [event for event in every if not event.on_cpu] or every
     if len(found) == len(calls):
         return [(f"{call.kind} {call.axis}", event) for call, event in zip(calls, found, strict=True)]
     return [(event.name.partition(":")[2], event) for event in found]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from autopar.errors import InputError
 
-NUM_SYMBOLS = 256
 CORPUS_BYTES = 4_000_000
 # A prime far from any power of two: neighbouring samples start far apart, and none repeats for a whole epoch.
 STRIDE = 2_147_483_647

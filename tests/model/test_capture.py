@@ -92,6 +92,22 @@ def test_llama_agrees_but_for_kernels_that_the_cpu_lacks() -> None:
         assert captured.num_parameters == built.num_parameters
 
 
+def test_half_precision_agrees_but_for_statistics() -> None:
+    """On a CPU statistics and the loss have the type of the activations; on a GPU, and in the numbers, fp32."""
+    with torch.device("meta"):
+        module = transformer.build(SMALL).to(torch.bfloat16)
+        tokens = torch.empty(3, 16, dtype=torch.long)
+    captured = capture(module, (tokens,), loss_fn=transformer.language_model_loss, targets=tokens, name="small")
+    built = build_graph(SMALL, seq_len=16, batch_size=3, precision=Precision.BF16)
+    assert (captured.itemsize, set(captured.edges)) == (2, set(built.edges))
+    kinds = {op.name: op.kind for op in built.ops}
+    assert {(kinds[name], field) for name, field in differences(captured, built)} <= {
+        (OpKind.NORMALIZATION, "saved"), (OpKind.LOSS, "saved"), (OpKind.LOSS, "output_bytes"),
+    }  # fmt: skip
+    for one, other in zip(captured.ops, built.ops, strict=True):
+        assert 0 <= other.saved_bytes - one.saved_bytes <= 4 * 3 * 16
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [

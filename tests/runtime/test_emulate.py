@@ -13,8 +13,7 @@ from autopar.errors import InputError, RunError
 from autopar.runtime import emulate
 from autopar.runtime.emulate import PAYLOAD_SHARE, emulated_cluster, parse_emulation, remove_leftovers, why_unavailable
 from autopar.runtime.launch import launch
-from costmodels.collectives import link_seconds, sent_bytes
-from costmodels.hardware import Link
+from costmodels.collectives import sent_bytes
 from costmodels.stack import load_stack
 
 REASON = why_unavailable()
@@ -112,9 +111,10 @@ def run_counted(folder: Path, nodes: int, rate: float, cases: list[tuple[str, in
     job, out = folder / "cases.json", folder / "results.json"
     job.write_text(json.dumps({"cases": cases, "out": str(out)}))
     with emulated_cluster(nodes, rate) as cluster:
-        here = {"PYTHONPATH": str(Path(__file__).parent)}
+        env = {"PYTHONPATH": str(Path(__file__).parent)}
+        started = [dataclasses.replace(node, env=env) for node in cluster]
         launch(
-            "counted_collectives", job, nodes=[dataclasses.replace(node, env=here) for node in cluster], ranks_per_node=1, out_dir=folder / "logs",
+            "counted_collectives", job, nodes=started, ranks_per_node=1, out_dir=folder / "logs",
             stall_timeout_s=60,
         )  # fmt: skip
     return list(json.loads(out.read_text()))
@@ -125,11 +125,10 @@ def run_counted(folder: Path, nodes: int, rate: float, cases: list[tuple[str, in
 @needs_cluster
 @pytest.mark.parametrize("nodes", [2, 4])
 def test_gloo_sends_what_the_formulas_say(tmp_path: Path, nodes: int) -> None:
-    """Bytes on each node's interface, headers taken off, within 5 percent of sent_bytes; never faster than the rate allows."""
+    """Bytes on each node's interface, headers off, within 5 percent of sent_bytes; never faster than the rate."""
     rate, algorithms = 50e6, load_stack("autopar-gloo").algorithms
     kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
     results = run_counted(tmp_path, nodes, rate, [(kind, 4 * MIB) for kind in kinds])
-    ring = Link(name="emulated", bandwidth=rate, latency=0.0)
     for result in results:
         kind, sent = str(result["kind"]), result["sent"]
         assert isinstance(sent, list)
@@ -140,6 +139,4 @@ def test_gloo_sends_what_the_formulas_say(tmp_path: Path, nodes: int) -> None:
             assert counted[0] > 1.8 * float(sent_bytes(kind, nodes, 4 * MIB, {})), "a ring would send half: control"
         if kind == "broadcast" and nodes == 4:
             assert sum(sent) * PAYLOAD_SHARE == pytest.approx(3 * 4 * MIB, rel=0.05), "each rank gets it once"
-        least = float(link_seconds(kind, nodes, 4 * MIB, ring, algorithms))
-        if kind != "broadcast":
-            assert result["seconds"] > 0.95 * least, f"{kind}: the links do not hold their rate"
+        assert result["seconds"] > 0.95 * expected / rate, f"{kind}: the links do not hold their rate"

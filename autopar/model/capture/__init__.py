@@ -35,7 +35,8 @@ def capture(
     """Capture a model as operations, with their backward.
 
     The module may be real or on the meta device; nothing is allocated, nothing runs, and it is left as it was. It is
-    traced in the mode that it is in (``module.train()`` for training).
+    traced in the mode that it is in (``module.train()`` for training). Every block is traced, also equal ones, so
+    that nothing is assumed about them: about 6 ms an operation, 10 s for the 1516 operations of Llama 3.1 405B.
 
     An operation is a leaf module that computes (``blocks.0.norm1``), or one function elsewhere, named by its module
     and kernel (``blocks.0.add``, ``blocks.0.add_1``, ``blocks.0.attention.sdpa``). What runs after the module

@@ -1,0 +1,54 @@
+"""Running plans for real: from a training job to measurements. Imports no torch; the ranks do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from autopar.errors import RunError
+from autopar.measurement import Measurement, read_measurement
+from autopar.runtime.job import TrainJob, check_job, write_job
+from autopar.runtime.launch import OnMessage, launch
+from autopar.runtime.nodes import Node
+
+WORKER = "autopar.runtime.train"
+
+
+def run_plans(
+    job: TrainJob,
+    *,
+    nodes: Sequence[Node],
+    ranks_per_node: int,
+    stall_timeout_s: float,
+    on_message: OnMessage | None = None,
+) -> tuple[Measurement, ...]:
+    """Train under every plan of a job and return what was measured, in the order of the plans.
+
+    Files: ``out_dir/job.json``, the launcher's logs, and ``out_dir/<slug>/measurement.json`` of each plan, written as
+    soon as the plan is done (those of plans that ended before a failure stay). Messages to ``on_message`` have the keys
+    ``event`` (plan_begin, step, plan_end), ``slug``, ``index`` and ``plans`` (which of how many), and for a step
+    ``step``, ``steps`` and ``phase`` (warmup, inspect, timed); plan_end has ``step_s``, ``loss`` and ``peak_bytes``.
+
+    Raises:
+        InputError, PlanError: the job cannot work; nothing was started.
+        RunError: a rank died or hung.
+    """
+    check_job(job, len(nodes) * ranks_per_node)
+    out_dir = Path(job.out_dir)
+    files = [job.measurement_file(plan) for plan in job.plans]
+    for file in files:
+        file.unlink(missing_ok=True)
+    write_job(out_dir / "job.json", job)
+    launch(
+        WORKER,
+        out_dir / "job.json",
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        out_dir=out_dir,
+        stall_timeout_s=stall_timeout_s,
+        on_message=on_message,
+    )
+    missing = [plan.slug for plan, file in zip(job.plans, files, strict=True) if not file.exists()]
+    if missing:
+        raise RunError(f"the run ended well but left no measurement of {', '.join(missing)}")
+    return tuple(read_measurement(file) for file in files)

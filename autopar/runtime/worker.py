@@ -1,0 +1,58 @@
+"""What every rank does first and last: find its device, join the others, leave them. For programs under torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from autopar.errors import RunError
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+@contextmanager
+def joined(device_type: str) -> Iterator[torch.device]:
+    """Join the ranks that torchrun started, on gloo for the CPU or NCCL for CUDA, and leave them at the end.
+
+    Yields:
+        This rank's device.
+
+    Raises:
+        RunError: there is no CUDA device for this rank.
+    """
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise RunError(
+                f"local rank {local_rank} has no CUDA device: there are {torch.cuda.device_count()}; start fewer ranks "
+                "per node or use the CPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(BACKENDS[device_type], device_id=device if device_type == "cuda" else None)
+    yield device
+    # Not after a failure: peers that wait for this rank could keep it from leaving.
+    dist.destroy_process_group()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until everything queued on a device has run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
+            names = [line.partition(":")[2].strip() for line in stream if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else "cpu"
