@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -180,6 +182,111 @@ def estimate(
         _say(f"wrote {out / 'estimate.json'}")
 
 
+Device = Annotated[str, typer.Option(help="cpu or cuda; auto takes CUDA where it is.")]
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")] = Path("profile.json"),
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes; 4 on CPUs, every device on CUDA.")] = None,
+    device: Device = "auto",
+    precision: Annotated[Precision | None, typer.Option(help="fp32 on CPUs, bf16 on CUDA.")] = None,
+    quick: Annotated[bool, typer.Option(help="Coarser, in a third of the time.")] = False,
+) -> None:
+    """Measure this machine: products, attention, memory-bound operations, collectives; fit them; keep points and fits."""
+    from autopar.demo import default_ranks, resolve_device
+    from autopar.report.tables import profile_table
+    from autopar.runtime.nodes import local_node
+    from autopar.runtime.profile import profile_machine
+
+    device = resolve_device(device)
+    kind = precision or (Precision.FP32 if device == "cpu" else Precision.BF16)
+    with _progress() as on_message:
+        measured = profile_machine(
+            ranks=ranks or default_ranks(device), nodes=(local_node(),), device=device, precision=kind.value, out=out,
+            quick=quick, on_message=on_message,
+        )  # fmt: skip
+    _show(profile_table(measured, width=_width()))
+    _say(f"wrote {out}")
+
+
+@app.command("run")
+def run_plan(
+    plan_file: Annotated[Path, typer.Argument(help="plan.json, as `autopar plan -o` and `autopar demo` write it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for measurements and logs.")] = Path("runs"),
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 12,
+    device: Device = "auto",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress after which all ranks end.")] = 180,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a plan for real on this machine and measure step time, memory and collectives."""
+    from autopar.demo import resolve_device
+    from autopar.plan import read_plan_file
+    from autopar.runtime.job import TrainJob
+    from autopar.runtime.nodes import local_node
+    from autopar.runtime.run import run_plans
+
+    content = read_plan_file(plan_file)
+    job = TrainJob(
+        model=content.model, workload=content.workload, plans=(content.plan,), steps=steps, out_dir=str(out),
+        device=resolve_device(device),
+    )  # fmt: skip
+    with _progress() as on_message:
+        [measured] = run_plans(
+            job, nodes=(local_node(),), ranks_per_node=content.plan.layout.world_size, stall_timeout_s=timeout,
+            on_message=on_message,
+        )  # fmt: skip
+    found = {
+        "slug": measured.slug,
+        "step_s": measured.median_step_s,
+        "peak_bytes": measured.peak_bytes,
+        "losses": list(measured.losses),
+        "predicted": dict(content.predicted),
+    }
+    if as_json:
+        print(json.dumps({"schema_version": 1, **found}))
+    else:
+        from costmodels.units import format_bytes, format_seconds
+
+        predicted = content.predicted.get("step_s")
+        expected = f", predicted {format_seconds(predicted)}" if predicted else ""
+        print(f"{measured.slug}: {format_seconds(measured.median_step_s)} per step{expected}; peak of a rank "
+              f"{format_bytes(measured.peak_bytes)}; loss {measured.losses[0]:.4f} to {measured.losses[-1]:.4f}")  # fmt: skip
+    _say(f"wrote {job.measurement_file(content.plan)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report.")] = Path("reports/demo"),
+    emulate: Annotated[
+        str | None, typer.Option(help="NODESxRATE: run on an emulated cluster, such as 4x200mbit (needs root).")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes; 4 on CPUs, every device on CUDA.")] = None,
+    device: Device = "auto",
+    layouts: Annotated[int, typer.Option(min=2, help="Layouts to run beside a single process.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 12,
+    quick: Annotated[bool, typer.Option(help="A coarse profile.")] = False,
+) -> None:
+    """Do it all: profile this machine, capture a model, plan, run the plans for real, hold prediction to measurement."""
+    from autopar.demo import DemoOptions, resolve_device
+    from autopar.demo import demo as run_demo
+    from autopar.report import write_report
+    from autopar.report.tables import plans_table, profile_table, validation_table, verdict
+
+    options = DemoOptions(
+        out=out, ranks=ranks, emulate=emulate, device="cpu" if emulate else resolve_device(device),
+        num_layouts=layouts, steps=steps, quick=quick,
+    )  # fmt: skip
+    with _progress() as on_message:
+        report = run_demo(options, _say, on_message)
+    files = write_report(report, out)
+    if report.profile is not None:
+        _show(profile_table(report.profile, width=_width()))
+    _show(plans_table(report.result.best[:10], width=_width(), device=report.device_word, title=report.title))
+    _show(validation_table(report.validation, width=_width()), verdict(report.validation))
+    _say(f"wrote {len(files)} files; open {out / 'index.html'}")
+
+
 @app.command()
 def models() -> None:
     """List the models, devices and stacks that ship with the program."""
@@ -206,6 +313,15 @@ def _show(*parts: Any) -> None:
     console = Console(width=_width(), highlight=False)
     for part in parts:
         console.print(part)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A progress line on standard error while someone is looking; otherwise a line for each part that begins."""
+    from autopar.report.progress import ProgressLine
+
+    with ProgressLine() as line:
+        yield line.update
 
 
 def _say(text: str) -> None:

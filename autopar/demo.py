@@ -26,19 +26,20 @@ from autopar.runtime.run import run_plans
 from autopar.runtime.support import unsupported
 from autopar.search.exhaustive import SearchResult, search
 from autopar.search.space import Space
-from autopar.validate import Validation, compare
+from autopar.validate import compare
 from autopar.workload import Precision, Workload
 from costmodels.calibration import MachineProfile, profile_cluster
 from costmodels.stack import Stack, load_stack
 
 if TYPE_CHECKING:
-    from autopar.report.page import DemoReport
+    from autopar.report.content import DemoReport
 
 Say = Callable[[str], None]
 OnMessage = Callable[[dict[str, Any]], None]
 
 MIN_MICROBATCHES = 4
 STALL_TIMEOUT_S = 180.0
+SHOWN_PLANS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +92,7 @@ class Site:
 def site(options: DemoOptions) -> Iterator[Site]:
     """The machine as it is, or an emulated cluster that is taken down at the end."""
     if options.emulate is None:
-        yield Site(nodes=(local_node(),), ranks_per_node=options.ranks or _default_ranks(options.device))
+        yield Site(nodes=(local_node(),), ranks_per_node=options.ranks or default_ranks(options.device))
         return
     from autopar.runtime.emulate import emulated_cluster, parse_emulation, why_unavailable
 
@@ -108,7 +109,22 @@ def site(options: DemoOptions) -> Iterator[Site]:
         yield Site(nodes=nodes, ranks_per_node=ranks // num_nodes, link_rate=rate)
 
 
-def _default_ranks(device: str) -> int:
+def resolve_device(device: str) -> str:
+    """``auto`` is cuda where torch finds one, else cpu. Raises InputError for anything but auto, cpu and cuda."""
+    if device in ("cpu", "cuda"):
+        return device
+    if device != "auto":
+        raise InputError(f"device '{device}' is not auto, cpu or cuda")
+    # A look at the driver's files spares importing torch on machines without one.
+    if not Path("/dev/nvidiactl").exists():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_ranks(device: str) -> int:
+    """4 processes on CPUs, one for each device on CUDA."""
     if device == "cpu":
         return 4
     import torch
@@ -186,31 +202,14 @@ def single_process(setting: Setting) -> Setting:
     return dataclasses.replace(setting, cluster=cluster)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoResult:
-    """What a demo found, beside the files that it wrote."""
-
-    validation: Validation
-    files: tuple[Path, ...]
-
-
-def demo(options: DemoOptions, say: Say, progress: OnMessage) -> DemoResult:
-    """Run all of it and write the report under ``options.out``.
+def demo(options: DemoOptions, say: Say, progress: OnMessage) -> DemoReport:
+    """Profile, capture, plan, run and compare; everything that a report shows.
 
     Raises:
         InputError: options that contradict each other or this machine.
         RunError: a run failed.
     """
-    from autopar.report.page import write_report
-
-    report = measure(options, say, progress)
-    files = write_report(report, options.out)
-    return DemoResult(validation=report.validation, files=tuple(files))
-
-
-def measure(options: DemoOptions, say: Say, progress: OnMessage) -> DemoReport:
-    """Profile, capture, plan, run and compare; everything that the report shows."""
-    from autopar.report.page import DemoReport
+    from autopar.report.content import DemoReport
 
     options.out.mkdir(parents=True, exist_ok=True)
     spec, workload = demo_model(options.device)
@@ -232,24 +231,39 @@ def measure(options: DemoOptions, say: Say, progress: OnMessage) -> DemoReport:
         write_plan_file(options.out / "plan.json", _plan_file(spec, workload, chosen[0]))
         say(f"run: {len(chosen)} layouts and a single process")
         measured = run_layouts(options, place, spec, workload, [e.plan for e in chosen], progress)
-        alone = single_process(setting)
         reference_plan = parse_slug(f"mb{workload.global_batch}")
         one = Site(nodes=place.nodes[:1], ranks_per_node=1)
         reference = run_layouts(options, one, spec, workload, [reference_plan], progress)[0]
     collectives = {e.plan.slug: expected_collectives(setting, e.plan) for e in chosen}
-    validation = compare(chosen, measured, collectives=collectives)
     return DemoReport(
-        title=f"{spec.name} on {profile.device_name}",
+        title=_title(spec, place),
         command=options.command,
-        profile=profile,
+        date=profile.date,
+        machine=_machine(profile, place),
+        model=spec,
         setting=setting,
-        search=found,
-        chosen=chosen,
+        profile=profile,
+        result=dataclasses.replace(found, best=found.best[:SHOWN_PLANS]),
+        estimates=chosen,
         measurements=measured,
-        validation=validation,
+        validation=compare(chosen, measured, collectives=collectives),
         reference=reference,
-        reference_estimate=estimate(alone, reference_plan),
+        reference_estimate=estimate(single_process(setting), reference.plan),
     )
+
+
+def _title(spec: ModelSpec, place: Site) -> str:
+    where = f"{place.ranks} ranks"
+    if place.link_rate is not None:
+        where += f", an emulated cluster of {len(place.nodes)} nodes at {place.link_rate * 8 / 1e6:.0f} Mbit/s"
+    return f"{spec.name} on {where}"
+
+
+def _machine(profile: MachineProfile, place: Site) -> dict[str, str]:
+    words = {"processor": profile.device_name, "cores": str(profile.cores), "ranks": str(place.ranks)}
+    if place.link_rate is not None:
+        words["network"] = f"{len(place.nodes)} network namespaces, {place.link_rate * 8 / 1e6:.0f} Mbit/s each"
+    return {**words, "backend": profile.backend, "precision": profile.precision, **profile.versions}
 
 
 def run_layouts(

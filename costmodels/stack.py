@@ -34,6 +34,7 @@ class Stack:
         copies_buffers: gradients and gathered weights are copied to and from the buffers that are sent.
         shard_hidden, shard_leak: how sharded data parallel communication hides behind compute (see overlap).
         tensor_exposed: share of tensor parallel communication that is not hidden.
+        accumulates_sharded: gradients to shard are scattered after every microbatch, not once a step.
         pipeline_buffers: a stage has receive buffers for all microbatches and keeps its results until their backward.
         gathered_blocks: blocks whose gathered parameters exist at once under ZeRO-3.
         loss_copies: logit-sized tensors alive in the loss's backward, beside what forward kept.
@@ -57,6 +58,7 @@ class Stack:
     bucket_bytes: float = 25 * MIB
     first_bucket_bytes: float = 1 * MIB
     persistent_gradients: bool = False
+    accumulates_sharded: bool = False
     pipeline_buffers: bool = True
     copies_buffers: bool = True
     shard_hidden: float = 0.0

@@ -220,12 +220,14 @@ def sample_report(
     sample_profile: MachineProfile,
     sample_search: SearchResult,
 ) -> DemoReport:
-    """Everything that a report needs."""
+    """Everything that a report needs, with a reference in one process."""
+    alone = dataclasses.replace(sample_setting, cluster=dataclasses.replace(sample_setting.cluster, devices_per_node=1))
+    reference = estimate(alone, parse_slug("mb16"))
     return DemoReport(
         title="A small GPT on four ranks <made up>",
         command="autopar demo -o reports/demo",
         date="2026-01-02T03:04:05Z",
-        machine={"processor": "AMD EPYC 9B14, 2 cores", "torch": "2.13.0+cpu & gloo"},
+        machine={"processor": "AMD EPYC 9B14, 2 cores", "system": "Linux & others"},
         model=MODEL,
         setting=sample_setting,
         profile=sample_profile,
@@ -233,6 +235,8 @@ def sample_report(
         estimates=tuple(sample_estimates),
         measurements=tuple(sample_measurements),
         validation=compare(sample_estimates, sample_measurements),
+        reference=make_measurement(alone, reference, time=1.05),
+        reference_estimate=reference,
         notes=("Four ranks share two cores.",),
     )
 

@@ -34,7 +34,9 @@ def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, n
     scatter = groups * _seconds(setting, "reduce_scatter", shards, stride, gradient / groups)
     shard = gradient / np.maximum(shards, 1)
     reduce_shard = groups * _seconds(setting, "all_reduce", replicas, stride * shards, shard / groups)
-    communication = gathers_per_step(plans, num_microbatches) * gather + scatter + reduce_shard
+    repeated = setting.stack.accumulates_sharded & (zero >= 2)
+    scatters = np.where(repeated, num_microbatches[column], 1.0)
+    communication = gathers_per_step(plans, num_microbatches) * gather + scatters * scatter + reduce_shard
     window = _window(plans, work, num_microbatches)
     stack = setting.stack
     if setting.cluster.link_uses_host:

@@ -50,7 +50,10 @@ def rank_memory(
     parameters = sharded(weights, zero, 3, shards)
     # FSDP2 keeps the shards beside what it gathers; ZeRO-2 with gathered weights until the last backward.
     shard_beside = np.where((zero == 2) & (shards > 1) & ~np.asarray(stack.persistent_gradients), weights / shards, 0.0)
-    gradients = sharded(work.parameters * setting.gradient_bytes, zero, 2, shards)
+    unsharded = work.parameters * setting.gradient_bytes
+    # Without a scatter per microbatch, gradients add up whole until the last one.
+    adds_up_whole = (zero >= 2) & (m > 1) & ~np.asarray(stack.accumulates_sharded)
+    gradients = np.where(adds_up_whole, unsharded, sharded(unsharded, zero, 2, shards))
     state = optimizer_bytes_per_parameter(setting.workload.optimizer.value, setting.weight_bytes, stack.master_weights)
     optimizer = sharded(work.parameters * state, zero, 1, shards)
     in_buckets = (zero == 0) & (plans.replicas[column] > 1) & ~np.asarray(stack.persistent_gradients)

@@ -35,6 +35,10 @@ from costmodels.compute import attention_seconds, matmul_seconds, stream_seconds
 
 Floats = NDArray[np.float64]
 
+SEQUENCE_COPIES = 3
+"""Tensors of the whole sequence around a gather along it: the gradient to scatter, the gathered parts, and the parts
+joined. Without sequence parallelism only the reduced result lies beside its input."""
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -199,9 +203,9 @@ def working_bytes(op: Op, setting: Setting, degrees: Degrees) -> Any:
         [tensor for tensor in op.saved if not tensor.name.endswith(("statistics", "logsumexp"))],
         setting.graph, degrees, setting.stack,
     )  # fmt: skip
-    # A row product's result is reduced out of place.
-    reduced = op.output_bytes * share * ((np.asarray(degrees.tp) > 1) & (op.split is Split.ROW))
-    return op.output_bytes * share + gradients + reduced
+    whole = op.output_bytes * batch_scale(setting.graph, degrees) / np.asarray(degrees.cp, dtype=float)
+    divided = (np.asarray(degrees.tp) > 1) & (op.split is Split.ROW)
+    return op.output_bytes * share + gradients + whole * divided * np.where(degrees.sp, SEQUENCE_COPIES, 1)
 
 
 def _seconds(setting: Setting, collective: Collective, ranks: Any, stride: Any) -> Any:

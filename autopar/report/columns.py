@@ -125,7 +125,10 @@ def _align(column: Column) -> str:
 def _cell(column: Column, row: int) -> str:
     cell = escape(column.cells[row])
     cell = f"<code>{cell}</code>" if column.code else cell
-    return f"{cell}<small>{escape(column.details[row])}</small>" if column.details else cell
+    if not column.details:
+        return cell
+    detail = column.details[row]
+    return f"{cell}<small{'' if ' ' in detail else ' class=slug'}>{escape(detail)}</small>"
 
 
 def markdown_table(columns: Sequence[Column]) -> str:

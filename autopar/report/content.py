@@ -33,6 +33,8 @@ class DemoReport:
         measurements: their runs.
         validation: the two compared.
         notes: sentences that a reader must know (limits, what was left out).
+        reference: the same training in one process; what the plans' losses are held against.
+        reference_estimate: its prediction.
     """
 
     title: str
@@ -47,6 +49,8 @@ class DemoReport:
     measurements: tuple[Measurement, ...]
     validation: Validation
     notes: tuple[str, ...] = ()
+    reference: Measurement | None = None
+    reference_estimate: Estimate | None = None
 
     def __post_init__(self) -> None:
         predicted = {e.plan.slug for e in self.estimates}
@@ -74,8 +78,9 @@ class DemoReport:
         return short_names([*(e.plan for e in self.estimates), *(e.plan for e in self.result.best)])
 
     def run_names(self) -> dict[str, str]:
-        """Short names of the plans that were run, by slug, for figures."""
-        return short_names([e.plan for e in self.estimates])
+        """Short names of the plans that were run, the reference among them, by slug, for figures."""
+        reference = [self.reference.plan] if self.reference is not None else []
+        return short_names([*(e.plan for e in self.estimates), *reference])
 
     def estimate_of(self, slug: str) -> Estimate:
         """Prediction of a plan that was run."""

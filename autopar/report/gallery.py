@@ -55,7 +55,7 @@ def draw(report: DemoReport) -> dict[str, Drawing]:
         found.append(
             Drawing(
                 name="losses",
-                figure=plots.loss_curves(report.measurements, names),
+                figure=plots.loss_curves(report.measurements, names, report.reference),
                 caption="A plan decides where the work is done, not what is computed: all curves lie on each other.",
                 description="Loss over steps of every plan, and the largest difference between plans at each step",
             )

@@ -16,6 +16,7 @@ from autopar.report.names import layout_words
 from autopar.report.numbers import percent, signed_percent, significant
 from autopar.report.rows import (
     collective_columns,
+    difference_columns,
     loss_columns,
     ranked_columns,
     stage_columns,
@@ -156,8 +157,38 @@ def _comparison(report: DemoReport, figures: _Figures) -> _Section:
     body = (
         f"{figures.html('predicted-measured', 'narrow')}"
         f"{html_table(columns, strong=(0,))}<p class=legend>{escape(VALIDATION_CAPTION)}</p>"
+        f"{_alone(report)}{_agreement(report)}"
     )
     return _Section("comparison", "Predicted against measured", body)
+
+
+def _alone(report: DemoReport) -> str:
+    """What one process does alone, where it was run."""
+    if report.reference is None:
+        return ""
+    measured = report.reference.median_step_s
+    scale, unit = time_scale(measured)
+    best = report.validation.of(report.validation.best)
+    text = f"One process alone takes {significant(measured / scale)} {unit} per step"
+    if report.reference_estimate is not None:
+        predicted = report.reference_estimate.step_s
+        error = signed_percent(predicted / measured - 1)
+        text += f" ({significant(predicted / scale)} {unit} predicted, {error} error)"
+    ratio = significant(measured / best.measured_step_s)
+    return f"<p>{escape(text)}; the fastest plan is {ratio} times as fast.</p>"
+
+
+def _agreement(report: DemoReport) -> str:
+    """Whether the plans called the collectives that were predicted for them."""
+    checks = [c.collectives for c in report.validation.comparisons if c.collectives is not None]
+    if not checks:
+        return ""
+    right = sum(check.agree for check in checks)
+    return (
+        f"<p>Collectives were counted on every rank: {right} of {len(checks)} plans called exactly what was predicted, "
+        "by kind, group, number and bytes.</p>"
+        + _folded("Collectives that differ", difference_columns(report.validation, report.run_names()))
+    )
 
 
 def _ranking(report: DemoReport) -> _Section:
@@ -194,7 +225,7 @@ def _timeline(figures: _Figures) -> _Section:
 def _losses(report: DemoReport, figures: _Figures) -> _Section:
     body = figures.html("losses", "middle")
     if body:
-        body += _folded("Losses in numbers", loss_columns(report.measurements, report.run_names()))
+        body += _folded("Losses in numbers", loss_columns(report.measurements, report.run_names(), report.reference))
     return _Section("losses", "Losses", body)
 
 

@@ -56,18 +56,51 @@ def stage_columns(validation: Validation, names: Mapping[str, str]) -> list[Colu
     ]
 
 
-def loss_columns(measurements: Sequence[Measurement], names: Mapping[str, str]) -> list[Column]:
-    """First and last loss of every run, and its greatest distance from the mean of all runs."""
-    runs = [m for m in measurements if m.losses]
-    steps = min((len(m.losses) for m in runs), default=0)
-    means = [sum(m.losses[i] for m in runs) / len(runs) for i in range(steps)]
-    apart = [max(abs(m.losses[i] - means[i]) for i in range(steps)) for m in runs]
+def loss_columns(
+    measurements: Sequence[Measurement], names: Mapping[str, str], reference: Measurement | None = None
+) -> list[Column]:
+    """First and last loss of every run, and how far it goes from the reference, or from the first run without one."""
+    runs = [m for m in (*([reference] if reference else []), *measurements) if m.losses]
+    if not runs:
+        return []
+    steps = min(len(m.losses) for m in runs)
+    apart = [f"{loss_distance([m], runs[0]) or 0:.1e}" for m in runs]
     return [
         Column(header="plan", cells=tuple(names[m.slug] for m in runs), text=True),
         Column(header="steps", cells=tuple(str(len(m.losses)) for m in runs)),
         Column(header="first loss", cells=tuple(f"{m.losses[0]:.6f}" for m in runs)),
         Column(header=f"loss of step {steps}", cells=tuple(f"{m.losses[steps - 1]:.6f}" for m in runs)),
-        Column(header="farthest from the mean", cells=tuple(f"{distance:.1e}" for distance in apart)),
+        Column(header=f"farthest from {names[runs[0].slug]}", cells=tuple(apart)),
+    ]
+
+
+def loss_distance(measurements: Sequence[Measurement], reference: Measurement | None = None) -> float | None:
+    """Largest distance of any run's loss from the reference's at any step that both have.
+
+    Without a reference from the first run's. None where there are no two runs with losses.
+    """
+    runs = [m for m in measurements if m.losses]
+    base = reference or (runs.pop(0) if len(runs) > 1 else None)
+    if base is None or not base.losses or not runs:
+        return None
+    return max(abs(a - b) for m in runs for a, b in zip(m.losses, base.losses, strict=False))
+
+
+def difference_columns(validation: Validation, names: Mapping[str, str]) -> list[Column]:
+    """Collectives that were not called as predicted; no columns where all were."""
+    rows = [(c, d) for c in validation.comparisons if c.collectives is not None for d in c.collectives.differences]
+    if not rows:
+        return []
+    return [
+        Column(header="plan", cells=tuple(names[c.slug] for c, _ in rows), text=True),
+        Column(header="rank", cells=tuple(str(d.rank) for _, d in rows)),
+        Column(header="collective", cells=tuple(d.kind for _, d in rows), text=True),
+        Column(header="axis", cells=tuple(d.axis for _, d in rows), text=True),
+        Column(header="ranks", cells=tuple(str(d.group_size) for _, d in rows)),
+        Column(header="calls predicted", cells=tuple(str(d.predicted_count) for _, d in rows)),
+        Column(header="counted", cells=tuple(str(d.counted_count) for _, d in rows)),
+        Column(header="bytes predicted", cells=tuple(str(d.predicted_bytes) for _, d in rows)),
+        Column(header="counted", cells=tuple(str(d.counted_bytes) for _, d in rows)),
     ]
 
 

@@ -2,7 +2,7 @@
 
 Each part of a step and each item of memory has one colour wherever it appears. Compute is blue to teal, communication
 warm, waiting grey, upkeep green: the family is told by hue, its members by lightness. Neighbours in a bar differ for
-readers with any of the three colour blindnesses (tests/report/test_style.py). SVG figures take ink, grid and
+readers with any of the three colour blindnesses (tests/report/test_style.py). SVG figures take ink, accent, grid and
 background from the page's CSS variables, so that one figure serves light and dark pages.
 """
 
@@ -26,7 +26,7 @@ WIDTH = 9.0
 """Inches of a figure's width."""
 
 INK, MUTED, GRID, PAPER = "#1d2430", "#5d6675", "#d9dde3", "#ffffff"
-ACCENT = "#1f5fa8"
+ACCENT = "#1e5ea7"
 
 TERM_COLORS = {
     "forward": "#8cc4f0",
@@ -52,7 +52,7 @@ MEMORY_COLORS = {
     "reserve": "#c9ced5",
 }
 
-SERIES = ("#1f5fa8", "#d55e00", "#23814c", "#d987b4", "#f0a830", "#35b5a6", "#6a51a3", "#8b929c")
+SERIES = (ACCENT, "#d55e00", "#23814c", "#d987b4", "#f0a830", "#35b5a6", "#6a51a3", "#8b929c")
 """Colours of lines and points that stand for neither terms nor items."""
 
 DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = (
@@ -91,7 +91,7 @@ _RC: Any = {
     "svg.hashsalt": "autopar",
 }
 
-_CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
+_CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", ACCENT: "--accent"}
 
 
 @contextmanager

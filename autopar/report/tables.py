@@ -196,6 +196,8 @@ VALIDATION_CAPTION = (
 
 def verdict(validation: Validation) -> str:
     """The figures of merit in one line."""
+    checks = [c.collectives for c in validation.comparisons if c.collectives is not None]
+    counted = f"; collectives as predicted on {sum(c.agree for c in checks)} of {len(checks)} plans" if checks else ""
     tau = "-" if validation.kendall_tau is None else f"{validation.kendall_tau:.2f}"
     return (
         f"step time: median error {percent(validation.time_error_median)}, "
@@ -203,7 +205,7 @@ def verdict(validation: Validation) -> str:
         f"memory: median error {percent(validation.memory_error_median)}, "
         f"worst {percent(validation.memory_error_worst)}; "
         f"Kendall tau {tau}; "
-        f"the plan predicted fastest is {percent(validation.regret)} slower than the fastest measured"
+        f"the plan predicted fastest is {percent(validation.regret)} slower than the fastest measured{counted}"
     )
 
 

@@ -12,6 +12,7 @@ from autopar.report.columns import markdown_table
 from autopar.report.content import DemoReport
 from autopar.report.gallery import draw
 from autopar.report.page import render_page
+from autopar.report.rows import loss_distance
 from autopar.report.style import save_png
 from autopar.report.tables import VALIDATION_CAPTION, search_line, validation_columns, verdict
 from autopar.report.trace import chrome_trace
@@ -71,6 +72,7 @@ def summary(report: DemoReport) -> dict[str, Any]:
             "seconds": report.result.seconds,
         },
         "validation": to_plain(validation),
+        "loss_apart": loss_distance(report.measurements, report.reference),
     }
 
 

@@ -100,7 +100,7 @@ class CollectiveCounter(TorchDispatchMode):
             raise RunError(f"the step calls the collective {name}, which is not counted yet")
 
     def _add(self, kind: str, num_bytes: int, group: dist.ProcessGroup) -> None:
-        axis = self._axes.get(group.group_name, "world")
+        axis = self._axes.get(tuple(dist.get_process_group_ranks(group)), "world")
         self.calls.append(Call(kind=kind, axis=axis, group_size=group.size(), num_bytes=num_bytes))
 
 
@@ -110,13 +110,17 @@ def _num_bytes(payload: Any) -> int:
     return sum(_num_bytes(item) for item in payload)
 
 
-def axis_names(mesh: DeviceMesh | None) -> dict[str, str]:
-    """Group names to axes; a single data parallel axis is called ``dp``, since it is all data parallel ranks."""
+def axis_names(mesh: DeviceMesh | None) -> dict[tuple[int, ...], str]:
+    """This rank's groups, as their ranks, to axes; a single data parallel axis is ``dp``, all data parallel ranks.
+
+    Ranks rather than group names, since FSDP2 over tensor parallel modules makes meshes, and groups, of its own.
+    """
     if mesh is None:
         return {}
     names = mesh.mesh_dim_names or ()
     data = [name for name in names if name in DATA_AXES]
-    return {mesh.get_group(name).group_name: "dp" if [name] == data else name for name in names}
+    groups = {name: tuple(dist.get_process_group_ranks(mesh.get_group(name))) for name in names}
+    return {ranks: "dp" if [name] == data else name for name, ranks in groups.items()}
 
 
 def summed(calls: Iterable[Call]) -> tuple[CountedCollective, ...]:

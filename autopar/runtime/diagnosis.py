@@ -48,8 +48,11 @@ def explain_failure(agent_logs: Sequence[str], statuses: Mapping[int, Status], w
         last = "\n".join(_last_lines("\n".join(agent_logs)))
         return f"the run could not be started or ended badly; torchrun said:\n{last}"
     status = statuses.get(cause.rank)
-    error = f" with {status.error}" if status and status.state == FAILED else ""
-    text = f"rank {cause.rank} of {world_size} {_ending(cause.exit_code)} {_place(status)}{error}"
+    if status is not None and status.state == FAILED:
+        # Whatever torchrun noted is how the process went after its work had failed.
+        text = f"rank {cause.rank} of {world_size} failed {_place(status)}: {status.error}"
+    else:
+        text = f"rank {cause.rank} of {world_size} {_ending(cause.exit_code)} {_place(status)}"
     return text + _log_end(cause.rank, log_of, _last_lines)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class ParallelModel:
         num_microbatches: forward passes per step.
         modules: one per virtual stage of this rank, wrapped; without a pipeline just the model.
         loss_fn: of one microbatch.
+        owned: this rank's parameters by name. Kept, since DDP over tensor parallel modules hides theirs.
         partial_names: parameters whose gradients are summed over the tensor parallel ranks at the end of a step.
         bare_chains: all stages of the model without values, to learn the shapes between them.
         observer: told of every forward and backward (``2F0``: stage 2, forward, microbatch 0).
@@ -44,6 +45,7 @@ class ParallelModel:
     num_microbatches: int
     modules: tuple[nn.Module, ...]
     loss_fn: LossFn
+    owned: tuple[tuple[str, nn.Parameter], ...]
     partial_names: frozenset[str]
     bare_chains: tuple[nn.Module, ...]
     observer: Observer = field(default_factory=Unobserved)
@@ -56,8 +58,7 @@ class ParallelModel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's parameters under their names in the whole model; divided ones are DTensors (not under DDP)."""
-        for module in self.modules:
-            yield from _inner(module).named_parameters()
+        yield from self.owned
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's parameters, for an optimizer."""
@@ -178,7 +179,7 @@ class _Relay:
         self.model.observer.end(action)
 
 
-def _inner(module: nn.Module) -> nn.Module:
-    inner = module.module if isinstance(module, DistributedDataParallel) else module
-    assert isinstance(inner, nn.Module)
-    return inner
+def named_parameters(modules: Iterable[nn.Module]) -> tuple[tuple[str, nn.Parameter], ...]:
+    """Parameters of wrapped modules under their names in the whole model."""
+    inner = [module.module if isinstance(module, DistributedDataParallel) else module for module in modules]
+    return tuple(named for module in inner for named in module.named_parameters())

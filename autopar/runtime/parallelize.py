@@ -20,7 +20,7 @@ from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, Recompute
 from autopar.runtime.data_parallel import replicate_or_shard
 from autopar.runtime.mesh import build_mesh, submesh
-from autopar.runtime.parallel_model import ParallelModel
+from autopar.runtime.parallel_model import ParallelModel, named_parameters
 from autopar.runtime.parts import Chain, Parts, find_parts, skeleton
 from autopar.runtime.pipeline import LossFn, local_stages
 from autopar.runtime.private import has_dropout
@@ -82,6 +82,7 @@ def parallelize(
         num_microbatches=num_microbatches,
         modules=tuple(wrapped),
         loss_fn=loss_fn,
+        owned=named_parameters(wrapped),
         partial_names=frozenset(partial_names),
         bare_chains=bare_chains,
     )

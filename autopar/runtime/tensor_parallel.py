@@ -1,15 +1,18 @@
 """Tensor and sequence parallelism by DTensor: column and row products, and what has to surround them.
 
-A *region* is a module between the input of column products and the output of row products, such as an attention.
-Its input is made a DTensor once, so that backward reduces the gradient of that input once and not per projection.
-Under sequence parallelism the stream between regions is divided along the sequence (dim 1): regions gather it and
-scatter their result. What is not a column or row product then sees only a part of the tokens, or of the heads, and
-its gradients are summed over the tensor parallel ranks once per step (as Megatron-LM does for its norms).
+A *region* is a module that holds column products and the row products behind them, such as an attention. Its input
+is made a DTensor once, so that backward reduces the gradient of that input once and not per projection. Under sequence
+parallelism the stream between regions is divided along the sequence (dim 1): regions gather it and scatter their
+result. What is not a column or row product then sees only a part of the tokens, or of the heads, and its gradients are
+summed over the tensor parallel ranks once per step (as Megatron-LM does for its norms). Whether a further module with
+weights inside a region sees a part (``inner``, between the products) or everything (``whole``) cannot be told from
+outside, so that the plan has to say it.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,7 +34,7 @@ from torch.distributed.tensor.parallel import (
 from autopar.errors import PlanError
 from autopar.runtime.parts import Parts
 
-COLWISE, ROWWISE = "colwise", "rowwise"
+COLWISE, ROWWISE, INNER, WHOLE = STYLES = ("colwise", "rowwise", "inner", "whole")
 SEQUENCE_DIM = 1
 
 
@@ -44,7 +47,7 @@ class _Region:
 
 
 def resolve_plan(module: nn.Module, declared: Mapping[str, str] | None, tp: int) -> dict[str, str]:
-    """Product names of a whole model to ``colwise`` or ``rowwise``.
+    """Module names of a whole model to ``colwise``, ``rowwise``, ``inner`` or ``whole``.
 
     Args:
         module: the whole model.
@@ -52,7 +55,7 @@ def resolve_plan(module: nn.Module, declared: Mapping[str, str] | None, tp: int)
         tp: tensor parallel ranks.
 
     Raises:
-        PlanError: nothing is declared, a pattern matches nothing or not a Linear, or tp does not divide one.
+        PlanError: nothing is declared, a pattern matches nothing, or a product is not a Linear that tp divides.
     """
     patterns = declared if declared is not None else getattr(module, "tensor_parallel_plan", None)
     if not patterns:
@@ -62,21 +65,24 @@ def resolve_plan(module: nn.Module, declared: Mapping[str, str] | None, tp: int)
         )
     found: dict[str, str] = {}
     for pattern, style in patterns.items():
-        if style not in (COLWISE, ROWWISE):
-            raise PlanError(f"tensor_parallel_plan: '{pattern}' is '{style}'; it is {COLWISE} or {ROWWISE}")
+        if style not in STYLES:
+            raise PlanError(f"tensor_parallel_plan: '{pattern}' is '{style}'; it is one of {', '.join(STYLES)}")
         matches = [(name, child) for name, child in module.named_modules() if _matches(name, pattern)]
         if not matches:
             raise PlanError(f"tensor_parallel_plan: the model has no module named '{pattern}'")
         for name, child in matches:
-            if not isinstance(child, nn.Linear):
-                raise PlanError(
-                    f"tensor_parallel_plan: '{name}' is a {type(child).__name__}; only Linear can be divided"
-                )
-            size = child.out_features if style == COLWISE else child.in_features
-            if size % tp:
-                raise PlanError(f"tensor_parallel_plan: tp={tp} does not divide the {size} features of '{name}'")
             found[name] = style
+            if style in (COLWISE, ROWWISE):
+                _check_product(name, style, child, tp)
     return found
+
+
+def _check_product(name: str, style: str, module: nn.Module, tp: int) -> None:
+    if not isinstance(module, nn.Linear):
+        raise PlanError(f"tensor_parallel_plan: '{name}' is a {type(module).__name__}; only Linear can be divided")
+    size = module.out_features if style == COLWISE else module.in_features
+    if size % tp:
+        raise PlanError(f"tensor_parallel_plan: tp={tp} does not divide the {size} features of '{name}'")
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -109,6 +115,7 @@ def divide(
     styles: dict[str, ParallelStyle] = {
         name: ColwiseParallel() if style == COLWISE else RowwiseParallel(output_layouts=stream)
         for name, style in local.items()
+        if style in (COLWISE, ROWWISE)
     }
     if sequence_parallel:
         _check_sequence_parallel(regions, parts)
@@ -132,12 +139,13 @@ def _regions(chain: nn.Module, products: Mapping[str, str]) -> tuple[_Region, ..
         if style == COLWISE and region not in found:
             forward = inspect.signature(chain.get_submodule(region).forward)
             direct = name.rpartition(".")[0] == region
-            found[region] = _Region(name=region, single_input=direct and len(forward.parameters) == 1)
+            single_input = bool(region) and direct and len(forward.parameters) == 1
+            found[region] = _Region(name=region, single_input=single_input)
     return tuple(found.values())
 
 
 def _check_sequence_parallel(regions: Iterable[_Region], parts: Parts) -> None:
-    unclear = [region.name for region in regions if not region.single_input]
+    unclear = [region.name or "the model itself" for region in regions if not region.single_input]
     if not parts.chained or not parts.first or not parts.last or unclear:
         raise PlanError(
             "sequence parallelism needs to know where the stream of tokens runs: the model must declare pipeline_parts "
@@ -172,18 +180,26 @@ def _partial_names(
     parts: Parts,
     sequence_parallel: bool,
 ) -> tuple[str, ...]:
-    prefixes = {region.name for region in regions}
-    if sequence_parallel:
-        prefixes |= set(parts.blocks)
-        for name in parts.last:
-            if name not in dict(chain.named_modules()) or not _is_norm(chain, name):
-                break
-            prefixes.add(name)
-    return tuple(
-        name
-        for name, _ in chain.named_parameters()
-        if name.rpartition(".")[0] not in products and any(_within(name, prefix) for prefix in prefixes)
-    )
+    streams = (*parts.blocks, *_leading_norms(chain, parts)) if sequence_parallel else ()
+    partial = []
+    for name, _ in chain.named_parameters():
+        style = next((style for module, style in products.items() if _within(name, module)), None)
+        inside = any(_within(name, region.name) for region in regions)
+        if inside and (style is None or (sequence_parallel and style == WHOLE)):
+            raise PlanError(
+                f"tensor_parallel_plan: '{name}' lies between or beside divided products; declare its module as "
+                "'inner' if it sees only each rank's features, or as 'whole' if it sees all of them (not under sp)"
+            )
+        if style == INNER or (style is None and any(_within(name, stream) for stream in streams)):
+            partial.append(name)
+    return tuple(partial)
+
+
+def _leading_norms(chain: nn.Module, parts: Parts) -> tuple[str, ...]:
+    """Norms right after the blocks: they work on the divided stream."""
+    names = {name for name, _ in chain.named_modules()}
+    local = [name for name in parts.last if name in names]
+    return tuple(itertools.takewhile(lambda name: _is_norm(chain, name), local))
 
 
 def _within(name: str, prefix: str) -> bool:

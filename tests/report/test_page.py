@@ -78,7 +78,7 @@ def test_page_is_one_well_formed_file(page: str, checked: Checker) -> None:
 
 def test_page_escapes_what_it_was_given(page: str, sample_report: DemoReport) -> None:
     assert sample_report.title not in page and "A small GPT on four ranks &lt;made up&gt;" in page
-    assert "2.13.0+cpu &amp; gloo" in page
+    assert "Linux &amp; others" in page
 
 
 def test_page_says_what_was_found(checked: Checker, sample_report: DemoReport) -> None:
@@ -92,6 +92,7 @@ def test_page_says_what_was_found(checked: Checker, sample_report: DemoReport) -
         assert found.plan.slug in text
     for line in sample_report.recommended.assumptions:
         assert line in text
+    assert "One process alone takes" in text and "not checked" not in text
     assert sample_report.command in text and sample_report.notes[0] in text
     for name in ("predicted-measured", "step-breakdown", "memory", "timeline", "losses", "collectives", "matmul"):
         assert f"{name}-figure_1" in checked.ids
@@ -106,7 +107,7 @@ def test_page_works_in_the_dark_and_on_paper(page: str) -> None:
 
 def test_page_without_a_profile_or_losses(sample_report: DemoReport) -> None:
     silent = tuple(dataclasses.replace(m, losses=()) for m in sample_report.measurements)
-    text = render_page(dataclasses.replace(sample_report, profile=None, measurements=silent, notes=()))
+    text = render_page(dataclasses.replace(sample_report, profile=None, measurements=silent, reference=None, notes=()))
     assert 'id="losses"' not in text and "collectives-figure_1" not in text and 'id="machine"' in text
 
 
@@ -129,6 +130,10 @@ def test_all_files_are_written(sample_report: DemoReport, tmp_path: Path) -> Non
     assert {f"traces/{m.slug}.json" for m in sample_report.measurements} <= names
     summary = json.loads((out / "summary.json").read_text())
     assert summary["validation"]["regret"] == sample_report.validation.regret
+    reference = sample_report.reference
+    assert reference is not None
+    apart = max(abs(a - b) for m in sample_report.measurements for a, b in zip(m.losses, reference.losses, strict=True))
+    assert summary["loss_apart"] == apart > 0
     assert summary["search"]["considered"] == sample_report.result.considered
     trace = json.loads((out / "trace.json").read_text())
     assert trace["otherData"]["plan"] == sample_report.showcase()

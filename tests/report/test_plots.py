@@ -86,6 +86,9 @@ def test_losses_need_a_run_with_losses(sample_report: DemoReport) -> None:
     assert len(top.lines) == len(sample_report.measurements)
     losses = np.asarray([m.losses for m in sample_report.measurements])
     assert np.allclose(below.lines[0].get_ydata(), losses.max(axis=0) - losses.min(axis=0))
+    first = dataclasses.replace(sample_report.measurements[0], losses=tuple(losses[0] - 0.5))
+    _, below = plots.loss_curves(sample_report.measurements, names, first).axes
+    assert np.allclose(below.lines[0].get_ydata(), np.abs(losses - losses[0] + 0.5).max(axis=0))
     one = plots.loss_curves([dataclasses.replace(sample_report.measurements[0], losses=(2.0, 1.0))], names)
     assert list(one.axes[0].lines[0].get_ydata()) == [2.0, 1.0]
 
@@ -129,7 +132,7 @@ def test_gallery_leaves_out_what_there_is_no_data_for(sample_report: DemoReport)
         "predicted-measured", "step-breakdown", "memory", "timeline", "losses", "collectives", "matmul",
     }  # fmt: skip
     silent = tuple(dataclasses.replace(m, losses=()) for m in sample_report.measurements)
-    bare = dataclasses.replace(sample_report, profile=None, measurements=silent)
+    bare = dataclasses.replace(sample_report, profile=None, measurements=silent, reference=None)
     assert set(draw(bare)) == {"predicted-measured", "step-breakdown", "memory", "timeline"}
 
 

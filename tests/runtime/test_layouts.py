@@ -46,7 +46,14 @@ PLANS = {
     ),
 }  # fmt: skip
 # Adam hardly sees a gradient that is wrong by a factor; plain gradient descent does.
-SCALE_PLANS = ("dp4.z3.mb2", "dp2.pp2.mb2", "dp2.tp2.sp.mb4", "dp2.tp2.z2.mb8", "tp2.pp2.sp.mb4", "dp2.pp2.vp2.z2.mb2")
+SCALE_PLANS = (
+    "dp4.z3.mb2",
+    "dp2.pp2.mb2",
+    "dp2.tp2.sp.mb4.ac-full",
+    "dp2.tp2.z2.mb8",
+    "tp2.pp2.sp.mb4",
+    "dp2.pp2.vp2.z2.mb2",
+)
 SGD_RATE = 0.3
 
 

@@ -68,7 +68,7 @@ def collective_curves(profile: MachineProfile, cluster: Cluster, algorithms: Map
                    label=f"{size} ranks" + (f" on {nodes} nodes" if nodes > 1 else ""))
             for i, (size, nodes) in enumerate(groups)
         ]  # fmt: skip
-        panels[0, 0].legend(handles=handles, loc="upper left", handlelength=1.8)
+        figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), handlelength=1.8)
     return figure
 
 

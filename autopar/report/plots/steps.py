@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ON_LIGHT, ON_DARK = "#12233a", "#f4f9ff"
-LABEL_INCHES = 0.15
+LABEL_INCHES = 0.11
+"""Width that each digit of a label takes."""
 MAX_RANKS = 8
 
 
@@ -74,7 +75,7 @@ def _panel(axes: Axes, events: Sequence[Event], ranks: Sequence[int], scale: flo
             [(left, width)], (top, height), facecolors=TERM_COLORS[event.term], edgecolors=PAPER, linewidth=0.5
         )
         label = str(event.args.get("microbatch", ""))
-        if label and not thin and width / end * inches > LABEL_INCHES:
+        if label and not thin and width / end * inches > LABEL_INCHES * len(label):
             axes.text(
                 left + width / 2, row - 0.06, label, ha="center", va="center", fontsize=9, clip_on=True,
                 color=ON_DARK if event.term == "backward" else ON_LIGHT,

@@ -1,0 +1,100 @@
+"""What the executor refuses, told before anything starts and without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autopar.errors import InputError, PlanError
+from autopar.model.presets import load_preset
+from autopar.plan import parse_slug
+from autopar.runtime.job import TrainJob, check_job, read_job, write_job
+from autopar.runtime.support import check_supported, unsupported, unsupported_workload
+from autopar.workload import Precision, Workload
+
+MODEL = load_preset("demo-gpt")
+WORKLOAD = Workload(global_batch=16, seq_len=64, precision=Precision.FP32)
+
+
+@pytest.mark.parametrize(
+    ("slug", "microbatches", "message"),
+    [
+        ("cp2.mb1", 4, "cp=2 is not supported: use cp=1"),
+        ("dp2.z1.mb1", 4, "zero_stage=1 is not supported: use 0"),
+        ("mb1.ac-selective", 4, "use none or full"),
+        ("pp2.vp2.dp2.mb1", 4, "use zero_stage 2 or 3, or vp=1"),
+        ("pp2.mb1.sched-interleaved", 4, "needs vp>=2"),
+        ("mb1.sp", 4, "use tp>=2 or drop sp"),
+        ("tp16.mb1", 4, "does not divide the query heads, 8"),
+        ("pp16.mb1", 16, "16 stages for 8 blocks"),
+        ("pp2.mb1.split-3-4", 4, "adds up to 7 of 8 blocks"),
+        ("pp4.mb1", 2, "takes at least 4 microbatches, not 2"),
+        ("pp2.vp2.mb1", 3, "multiple of pp=2 microbatches, not 3"),
+    ],
+)
+def test_refusals_say_what_to_use(slug: str, microbatches: int, message: str) -> None:
+    with pytest.raises(PlanError, match="cannot be run here") as caught:
+        check_supported(parse_slug(slug), MODEL, microbatches)
+    assert message in str(caught.value)
+
+
+def test_refusals_of_models() -> None:
+    fused = dataclasses.replace(MODEL, fused_qkv=True)
+    tied = dataclasses.replace(MODEL, tied_embeddings=True)
+    assert [r.reason for r in unsupported(parse_slug("tp2.mb1"), fused)] == ["fused qkv"]
+    assert [r.reason for r in unsupported(parse_slug("pp2.mb1"), tied)] == ["tied embeddings"]
+    assert not unsupported(parse_slug("dp2.mb1"), fused) and not unsupported(parse_slug("tp2.mb1"), tied)
+    assert unsupported_workload(dataclasses.replace(WORKLOAD, precision=Precision.FP16))
+
+
+@pytest.mark.parametrize(
+    "slug", ["mb1", "dp4.mb1", "dp4.z3.mb1.ac-full", "tp2.pp2.dp2.z2.mb1.sp", "pp2.vp2.dp2.z2.mb1"]
+)
+def test_what_runs_is_not_refused(slug: str) -> None:
+    assert unsupported(parse_slug(slug), MODEL, 4) == ()
+
+
+def job(**changes: object) -> TrainJob:
+    fields: dict[str, object] = {
+        "model": MODEL, "workload": WORKLOAD, "plans": (parse_slug("dp2.mb4"),), "steps": 3, "out_dir": "out",
+    }  # fmt: skip
+    return TrainJob(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"plans": ()}, "at least one plan"),
+        ({"steps": 0}, "steps>=1"),
+        ({"warmup": 1}, "warmup>=2"),
+        ({"device": "tpu"}, "cpu, cuda"),
+        ({"model": dataclasses.replace(MODEL, vocab_size=100)}, "vocab_size is at least 256"),
+        ({"workload": dataclasses.replace(WORKLOAD, seq_len=512)}, "longer than the 256 positions"),
+        ({"workload": dataclasses.replace(WORKLOAD, precision=Precision.FP16)}, "use bf16 or fp32"),
+        ({"plans": (parse_slug("dp2.mb4"), parse_slug("dp2.mb4"))}, "names a plan twice"),
+        ({"plans": (parse_slug("dp4.mb4"),)}, "is for 4 ranks, but there are 2"),
+        ({"plans": (parse_slug("dp2.mb3"),)}, "does not divide the global batch of 16"),
+        ({"plans": (parse_slug("tp2.sp.mb4"),), "workload": dataclasses.replace(WORKLOAD, seq_len=63)}, "63 tokens"),
+        ({"plans": (parse_slug("dp2.z1.mb4"),)}, "cannot be run here"),
+    ],
+)
+def test_impossible_jobs_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_job(job(**changes), 2)
+    assert message in str(caught.value)
+
+
+def test_a_job_survives_its_file(tmp_path: Path) -> None:
+    check_job(job(), 2)
+    write_job(tmp_path / "job.json", job())
+    assert read_job(tmp_path / "job.json") == job()
+
+
+def test_asking_and_launching_import_no_torch() -> None:
+    modules = "autopar.runtime.support, autopar.runtime.run, autopar.runtime.launch"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
