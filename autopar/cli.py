@@ -193,7 +193,7 @@ def profile(
     precision: Annotated[Precision | None, typer.Option(help="fp32 on CPUs, bf16 on CUDA.")] = None,
     quick: Annotated[bool, typer.Option(help="Coarser, in a third of the time.")] = False,
 ) -> None:
-    """Measure this machine: products, attention, memory-bound operations, collectives; fit them; keep points and fits."""
+    """Measure this machine: operations and collectives over shapes and sizes; fit them; keep points and fits."""
     from autopar.demo import default_ranks, resolve_device
     from autopar.report.tables import profile_table
     from autopar.runtime.nodes import local_node
@@ -264,10 +264,10 @@ def demo(
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes; 4 on CPUs, every device on CUDA.")] = None,
     device: Device = "auto",
     layouts: Annotated[int, typer.Option(min=2, help="Layouts to run beside a single process.")] = 10,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 12,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 10,
     quick: Annotated[bool, typer.Option(help="A coarse profile.")] = False,
 ) -> None:
-    """Do it all: profile this machine, capture a model, plan, run the plans for real, hold prediction to measurement."""
+    """Do it all: profile this machine, capture a model, plan, run plans for real, hold prediction to measurement."""
     from autopar.demo import DemoOptions, resolve_device
     from autopar.demo import demo as run_demo
     from autopar.report import write_report
@@ -285,6 +285,23 @@ def demo(
     _show(plans_table(report.result.best[:10], width=_width(), device=report.device_word, title=report.title))
     _show(validation_table(report.validation, width=_width()), verdict(report.validation))
     _say(f"wrote {len(files)} files; open {out / 'index.html'}")
+
+
+@app.command()
+def gpu(
+    part: Annotated[str, typer.Option(help="Which settings: small, medium, large, or all.")] = "all",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for profile and results.")] = Path("gpu"),
+    device: Device = "auto",
+) -> None:
+    """Profile one GPU, run single-GPU settings, and hold predicted step time and memory to what was measured."""
+    from autopar.demo import resolve_device
+    from autopar.gpu import measure_settings, settings_of
+    from autopar.report.tables import markdown_table
+
+    with _progress() as on_message:
+        results = measure_settings(settings_of(part), out, resolve_device(device), _say, on_message)
+    print(markdown_table(results.columns()))
+    _say(f"wrote {results.file}")
 
 
 @app.command()

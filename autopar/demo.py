@@ -61,7 +61,7 @@ class DemoOptions:
     emulate: str | None = None
     device: str = "cpu"
     num_layouts: int = 10
-    steps: int = 12
+    steps: int = 10
     quick: bool = False
 
     @property
@@ -135,7 +135,7 @@ def default_ranks(device: str) -> int:
 def demo_model(device: str) -> tuple[ModelSpec, Workload]:
     """The model and the workload of the demo: sized for two CPU cores, or for a GPU."""
     if device == "cpu":
-        return load_preset("demo-gpt"), Workload(global_batch=16, seq_len=128, precision=Precision.FP32)
+        return load_preset("demo-gpt"), Workload(global_batch=8, seq_len=128, precision=Precision.FP32)
     return load_preset("demo-gpt-gpu"), Workload(global_batch=32, seq_len=1024, precision=Precision.BF16)
 
 

@@ -35,6 +35,7 @@ from autopar.runtime.progress import (
 
 POLL_S = 0.1
 SETTLE_S = 5.0
+START_TIMEOUT_S = 120.0
 TERM_GRACE_S = 2.0
 OnMessage = Callable[[dict[str, Any]], None]
 
@@ -57,8 +58,8 @@ def launch(
         nodes: where to run; the first one is the one that the others connect to.
         ranks_per_node: ranks on each node; ranks of a node are neighbours.
         out_dir: gets the logs and status files; made if missing.
-        stall_timeout_s: longest time without any progress of any rank (see ``progress``) or any message. The start of
-            the processes, which imports torch, counts as well.
+        stall_timeout_s: longest time without any progress of any rank (see ``progress``) or any message. Until every
+            rank has reported once, which takes importing torch, it is at least two minutes.
         on_message: called with each message that rank 0 prints (``progress.send_message``).
 
     Raises:
@@ -211,8 +212,9 @@ def _watch(run: _Run, stall_timeout_s: float, on_message: OnMessage | None) -> N
             raise RunError(_failure(run))
         if ended:
             return
-        if time.monotonic() - moved > stall_timeout_s:
-            raise RunError(_stall(run, statuses, stall_timeout_s))
+        patience = stall_timeout_s if len(statuses) == run.world_size else max(stall_timeout_s, START_TIMEOUT_S)
+        if time.monotonic() - moved > patience:
+            raise RunError(_stall(run, statuses, patience))
         time.sleep(POLL_S)
 
 

@@ -18,7 +18,7 @@ from autopar.runtime.run import run_plans
 from autopar.runtime.text import standard_library
 from autopar.workload import Optimizer, Precision, Workload
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 GPT = ModelSpec(
     name="tiny-gpt", num_layers=4, hidden_size=64, num_heads=4, num_kv_heads=4, ffn_size=256, vocab_size=256,
