@@ -250,8 +250,10 @@ def run_plan(
 
         predicted = content.predicted.get("step_s")
         expected = f", predicted {format_seconds(predicted)}" if predicted else ""
-        print(f"{measured.slug}: {format_seconds(measured.median_step_s)} per step{expected}; peak of a rank "
-              f"{format_bytes(measured.peak_bytes)}; loss {measured.losses[0]:.4f} to {measured.losses[-1]:.4f}")  # fmt: skip
+        print(
+            f"{measured.slug}: {format_seconds(measured.median_step_s)} per step{expected}; peak of a rank "
+            f"{format_bytes(measured.peak_bytes)}; loss {measured.losses[0]:.4f} to {measured.losses[-1]:.4f}"
+        )
     _say(f"wrote {job.measurement_file(content.plan)}")
 
 
@@ -267,7 +269,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 10,
     quick: Annotated[bool, typer.Option(help="A coarse profile.")] = False,
 ) -> None:
-    """Do it all: profile this machine, capture a model, plan, run plans for real, hold prediction to measurement."""
+    """Do it all: profile this machine, capture a model, plan, run plans, hold prediction to measurement."""
     from autopar.demo import DemoOptions, resolve_device
     from autopar.demo import demo as run_demo
     from autopar.report import write_report
@@ -296,7 +298,7 @@ def gpu(
     """Profile one GPU, run single-GPU settings, and hold predicted step time and memory to what was measured."""
     from autopar.demo import resolve_device
     from autopar.gpu import measure_settings, settings_of
-    from autopar.report.tables import markdown_table
+    from autopar.report.columns import markdown_table
 
     with _progress() as on_message:
         results = measure_settings(settings_of(part), out, resolve_device(device), _say, on_message)

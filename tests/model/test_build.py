@@ -16,7 +16,8 @@ PUBLISHED_PARAMETERS = {
     # Papers and released checkpoints; padded vocabularies move GPT-3 by less than the tolerance.
     "gpt2-small": 124.4e6, "gpt2-medium": 354.8e6, "gpt2-large": 774.0e6, "gpt2-xl": 1557.6e6,
     "gpt3-175b": 174.6e9, "llama2-7b": 6.738e9, "llama2-13b": 13.016e9, "llama2-70b": 68.98e9,
-    "llama3-8b": 8.030e9, "llama3.2-1b": 1.2358e9, "llama3.2-3b": 3.2127e9, "llama3-70b": 70.55e9, "llama3.1-405b": 405.85e9, "bert-large": 334e6, "roberta-large": 354e6,
+    "llama3-8b": 8.030e9, "llama3.2-1b": 1.2358e9, "llama3.2-3b": 3.2127e9,
+    "llama3-70b": 70.55e9, "llama3.1-405b": 405.85e9, "bert-large": 334e6, "roberta-large": 354e6,
 }  # fmt: skip
 
 
