@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -137,6 +139,20 @@ def test_an_interrupt_ends_all_ranks(watched: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         start(watched, "hang", on_message=interrupt)
+
+
+@pytest.mark.dist
+def test_ranks_end_with_a_killed_launcher(watched: Path) -> None:
+    code = f"from test_launch import start; from pathlib import Path; start(Path({str(watched)!r}), 'hang')"
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
+    end = time.monotonic() + 120
+    while len(read_statuses(watched, 2)) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert len(processes_of(watched)) >= 3
+    launcher.kill()
+    launcher.wait()
+    while processes_of(watched) and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 @pytest.mark.dist
