@@ -20,16 +20,26 @@ def exposed_seconds(communication: ArrayLike, window: ArrayLike, *, hidden: floa
 
 
 def bucketed_tail_seconds(
-    communication: ArrayLike, window: ArrayLike, first_ready: ArrayLike, last_bucket: ArrayLike
+    communication: ArrayLike, window: ArrayLike, total: ArrayLike, first: float, bucket: float
 ) -> Any:
     """Time after backward until the last bucket is reduced, buckets being reduced one after another.
 
-    Gradients become ready evenly over ``window`` seconds, the first bucket after ``first_ready``; all buckets take
-    ``communication`` seconds, the last one ``last_bucket`` of them. The end is the maximum over buckets k of
-    ready(k) + what is left from k on, which is linear in k between its ends:
-    tail = max(last_bucket, first_ready + communication - window). Source: the schedule of DDP (Li et al. 2020);
-    wrong by at most one bucket where gradients are unevenly spread over backward.
+    Gradients of ``total`` bytes become ready evenly over ``window`` seconds and fill a bucket of ``first`` bytes, then
+    buckets of ``bucket`` bytes, the last with what is left; all take ``communication`` seconds, each in proportion.
+    The tail is the maximum over buckets k of ready(k) + what is left from k on - window. It is linear in k over the
+    full buckets, so that the first, the first and the last full one, and the last decide. Source: the schedule of DDP
+    (Li et al. 2020); wrong where gradients are unevenly spread over backward.
     """
-    c, w = np.asarray(communication, dtype=float), np.asarray(window, dtype=float)
-    tail = np.maximum(np.asarray(last_bucket, dtype=float), np.asarray(first_ready, dtype=float) + c - w)
-    return np.where(c > 0, np.minimum(tail, c + 0.0 * tail), 0.0)
+    c, w, g = (np.asarray(x, dtype=float) for x in (communication, window, np.maximum(total, 1.0)))
+    head = np.minimum(first, g)
+    full = np.floor((g - head) / bucket)
+
+    def tail(before: Any, after: Any) -> Any:
+        return w * after / g + c * (g - before) / g - w
+
+    second = np.minimum(head + bucket, g)
+    end = head + full * bucket
+    tails = np.maximum(tail(0.0, head), tail(head, second))
+    tails = np.maximum(tails, np.where(full > 0, tail(end - bucket, end), 0.0))
+    tails = np.maximum(tails, tail(end, g))
+    return np.where(c > 0, np.clip(tails, 0.0, c), 0.0)

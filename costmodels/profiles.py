@@ -117,7 +117,8 @@ class MachineProfile:
             ``tensor_parallel.linear.forward`` and ``.backward`` (a column- or row-parallel linear layer, its
             collective not included), ``tensor_parallel.norm.forward`` and ``.backward`` (a norm under sequence
             parallelism, likewise), ``fsdp.module.forward`` and ``.backward`` (a module wrapped by fully_shard),
-            ``pipeline.action`` (one forward or backward of one microbatch).
+            ``pipeline.action`` (one forward or backward of one microbatch), ``collective.wait`` (a collective
+            between passes, while ranks that share processors wait for one).
         fits: see Fit.
     """
 

@@ -36,7 +36,9 @@ class Stack:
         tensor_exposed: share of tensor parallel communication that is not hidden.
         accumulates_sharded: gradients to shard are scattered after every microbatch, not once a step.
         pipeline_buffers: a stage has receive buffers for all microbatches and keeps its results until their backward.
+        serial_stages: a stage's gathers and reductions happen within its passes, so that its neighbours wait for them.
         gathered_blocks: blocks whose gathered parameters exist at once under ZeRO-3.
+        sequence_copies: tensors of the whole sequence alive around a gather or scatter along it.
         loss_copies: logit-sized tensors alive in the loss's backward, beside what forward kept.
         reserve_bytes: context, communicators and libraries.
         fragmentation: share of everything else that the allocator cannot use.
@@ -60,11 +62,13 @@ class Stack:
     persistent_gradients: bool = False
     accumulates_sharded: bool = False
     pipeline_buffers: bool = True
+    serial_stages: bool = True
     copies_buffers: bool = True
     shard_hidden: float = 0.0
     shard_leak: float = 0.0
     tensor_exposed: float = 1.0
     gathered_blocks: float = 2.0
+    sequence_copies: float = 3.0
     loss_copies: float = 2.0
     reserve_bytes: float = 0.0
     fragmentation: float = 0.0

@@ -36,26 +36,36 @@ def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, n
     reduce_shard = groups * _seconds(setting, "all_reduce", replicas, stride * shards, shard / groups)
     repeated = setting.stack.accumulates_sharded & (zero >= 2)
     scatters = np.where(repeated, num_microbatches[column], 1.0)
-    communication = gathers_per_step(plans, num_microbatches) * gather + scatters * scatter + reduce_shard
+    gathers = gathers_per_step(plans, num_microbatches)
+    waiting = groups * (gathers + scatters) * setting.collective_wait
+    communication = gathers * gather + scatters * scatter + reduce_shard + waiting
     window = _window(plans, work, num_microbatches)
     stack = setting.stack
     if setting.cluster.link_uses_host:
         exposed: Any = communication
     else:
         exposed = exposed_seconds(communication, window, hidden=stack.shard_hidden, leak=stack.shard_leak)
-    return np.where(zero == 0, replicated, np.where(shards > 1, exposed, 0.0))
+    exposed = np.where(shards > 1, exposed, 0.0)
+    if stack.serial_stages:
+        # Every stage gathers before its first forward, for which the next stage waits.
+        share = exposed / np.maximum(communication, 1e-30)
+        exposed = exposed + np.cumsum(share * gather, axis=1)[:, -1:] - share * gather
+        # A stage reduces within its last backward, for which the stage before waits.
+        replicated = np.cumsum(replicated[:, ::-1], axis=1)[:, ::-1]
+    return np.asarray(np.where(zero == 0, replicated, exposed))
 
 
 def _replicated(setting: Setting, plans: PlanArrays, work: RankWork, gradient: Floats, stride: Any) -> Any:
     stack = setting.stack
     ranks = plans.replicas[:, None]
-    buckets = np.maximum(1.0, np.ceil(gradient / stack.bucket_bytes))
+    buckets = 1.0 + np.ceil(np.maximum(gradient - stack.first_bucket_bytes, 0.0) / stack.bucket_bytes)
     communication = buckets * _seconds(setting, "all_reduce", ranks, stride, gradient / buckets)
     if not stack.bucketed_overlap or setting.cluster.link_uses_host:
         return communication
-    window = work.backward_seconds
-    first_ready = window * np.minimum(1.0, stack.first_bucket_bytes / np.maximum(gradient, 1.0))
-    return bucketed_tail_seconds(communication, window, first_ready, communication / buckets)
+    tail: Floats = bucketed_tail_seconds(
+        communication, work.backward_seconds, gradient, stack.first_bucket_bytes, stack.bucket_bytes
+    )
+    return tail
 
 
 def _window(plans: PlanArrays, work: RankWork, num_microbatches: Floats) -> Floats:

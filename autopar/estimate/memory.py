@@ -66,14 +66,16 @@ def rank_memory(
     # Unsharded gradients of a sharded block wait for their scatter.
     waiting = np.where((zero >= 2) & (shards > 1), work.block_parameters * setting.gradient_bytes, 0.0)
     whole = np.where(in_buckets & (m == 1), 0.0, gradients)
-    at_start = np.where(early, whole, 0.0) + full + work.working
+    adds = (m > 1) & ~np.asarray(stack.fused_accumulation)
+    temporary = np.where(adds, work.working_adding, work.working)
+    at_start = np.where(early, whole, 0.0) + full + temporary
     at_end = whole + late + gradient_of_largest + waiting
     first = at_start >= at_end
     buffers = buckets + shard_beside + _gathered_bytes(setting, plans, work) + np.where(first, 0.0, waiting)
     buffers = buffers + _pipeline_bytes(setting, plans, flight, m, boundary)
     used_gradients = np.where(first & ~early, 0.0, whole)
     activations = np.where(first, full, late)
-    working = np.where(first, work.working, gradient_of_largest)
+    working = np.where(first, temporary, gradient_of_largest)
     used = parameters + used_gradients + optimizer + activations + working + buffers
     return RankMemory(
         parameters=parameters,

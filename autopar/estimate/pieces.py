@@ -35,10 +35,6 @@ from costmodels.compute import attention_seconds, matmul_seconds, stream_seconds
 
 Floats = NDArray[np.float64]
 
-SEQUENCE_COPIES = 3
-"""Tensors of the whole sequence around a gather along it: the gradient to scatter, the gathered parts, and the parts
-joined. Without sequence parallelism only the reduced result lies beside its input."""
-
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -64,6 +60,8 @@ class Prices:
         kept, kept_selective, kept_full: bytes kept for backward without recomputation, with attention recomputed, and
             with the whole block recomputed.
         working: bytes of the largest operation's temporary results in backward.
+        working_adding: the same with the gradients of its own weights, before they are added to those of earlier
+            microbatches.
         parameters: weights on a tensor parallel rank.
         shared: weights that an earlier section owns and this one uses.
         largest: elements of the largest weight on a tensor parallel rank.
@@ -81,6 +79,7 @@ class Prices:
     kept_selective: Floats
     kept_full: Floats
     working: Floats
+    working_adding: Floats
     parameters: Floats
     shared: Floats
     largest: Floats
@@ -132,7 +131,10 @@ def _price_section(setting: Setting, degrees: Degrees, part: Section) -> dict[st
         row["backward"] += backward
         if op.kind is OpKind.ATTENTION:
             row["attention_forward"] += forward
-        row["working"] = np.maximum(row["working"], working_bytes(op, setting, degrees))
+        temporary = working_bytes(op, setting, degrees)
+        own = setting.gradient_bytes * local_parameters([op], degrees, stack)
+        row["working"] = np.maximum(row["working"], temporary)
+        row["working_adding"] = np.maximum(row["working_adding"], temporary + own)
     for collective in tensor_collectives(part.ops, graph, degrees, stack):
         row[f"tensor_{collective.phase}"] += _seconds(setting, collective, degrees.tp, 1) * stack.tensor_exposed
     for collective in context_collectives(part.ops, graph, degrees):
@@ -192,7 +194,8 @@ def op_seconds(op: Op, setting: Setting, degrees: Degrees) -> tuple[Any, Any]:
 def working_bytes(op: Op, setting: Setting, degrees: Degrees) -> Any:
     """Temporary bytes of an operation's backward: the gradients of its result and of what it keeps.
 
-    The loss holds ``loss_copies`` tensors of the size of the logits beside what forward kept.
+    The loss holds ``loss_copies`` tensors of the size of the logits beside what forward kept. A row product's result is
+    reduced out of place; along the sequence its parts are gathered and joined (``sequence_copies``).
     """
     share = activation_share(op.output_split, degrees, setting.stack) * batch_scale(setting.graph, degrees)
     if op.kind is OpKind.LOSS:
@@ -205,7 +208,9 @@ def working_bytes(op: Op, setting: Setting, degrees: Degrees) -> Any:
     )  # fmt: skip
     whole = op.output_bytes * batch_scale(setting.graph, degrees) / np.asarray(degrees.cp, dtype=float)
     divided = (np.asarray(degrees.tp) > 1) & (op.split is Split.ROW)
-    return op.output_bytes * share + gradients + whole * divided * np.where(degrees.sp, SEQUENCE_COPIES, 1)
+    return (
+        op.output_bytes * share + gradients + whole * divided * np.where(degrees.sp, setting.stack.sequence_copies, 1)
+    )
 
 
 def _seconds(setting: Setting, collective: Collective, ranks: Any, stride: Any) -> Any:
@@ -213,4 +218,4 @@ def _seconds(setting: Setting, collective: Collective, ranks: Any, stride: Any) 
     calls = np.asarray(collective.count, dtype=float)
     each = np.asarray(collective.num_bytes, dtype=float) / np.maximum(calls, 1.0)
     seconds = collective_seconds(setting.cluster, collective.kind, ranks, stride, each, setting.stack.algorithms)
-    return np.where(calls > 0, calls * seconds, 0.0)
+    return np.where(calls > 0, calls * (seconds + setting.collective_wait), 0.0)

@@ -40,3 +40,8 @@ class Setting:
     def reduce_bytes(self) -> float:
         """Bytes of a gradient element while it is reduced over data parallel ranks."""
         return 4.0 if self.weight_bytes == 4 else self.stack.reduce_bytes
+
+    @property
+    def collective_wait(self) -> float:
+        """Seconds that each blocking collective waits for ranks that share processors."""
+        return self.stack.overheads.get("collective.wait", 0.0) if self.cluster.sharing else 0.0

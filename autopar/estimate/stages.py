@@ -34,6 +34,7 @@ class RankWork:
     kept: Floats
     block_kept: Floats
     working: Floats
+    working_adding: Floats
     parameters: Floats
     block_parameters: Floats
     largest: Floats
@@ -81,16 +82,20 @@ def section_counts(parts: Sequence[Section], num_blocks: int, pp: int, vp: int, 
 def rank_work(prices: Prices, rows: Ints, counts: Floats, is_block: NDArray[np.bool_], recompute: Ints) -> RankWork:
     """Add up pieces: ``rows`` are the plans' combinations, ``counts`` [ranks, sections] what each rank holds."""
 
-    def total(quantity: Floats) -> Floats:
-        return quantity[rows] @ counts.T
+    def total(quantity: Floats, held: Floats = counts) -> Floats:
+        # Section by section, since a matrix product's order of summation depends on the number of plans.
+        found: Floats = np.zeros((len(rows), len(held)))
+        for section, number in enumerate(held.T):
+            found += quantity[rows, section][:, None] * number
+        return found
 
     full = (recompute == RECOMPUTE_CODES.index(Recompute.FULL))[:, None]
     selective = (recompute == RECOMPUTE_CODES.index(Recompute.SELECTIVE))[:, None]
     blocks_only = counts * is_block
-    again = prices.forward[rows] @ blocks_only.T
-    again_attention = prices.attention_forward[rows] @ blocks_only.T
-    again_communication = (prices.tensor_forward + prices.context_forward)[rows] @ blocks_only.T
-    tensor_again = prices.tensor_forward[rows] @ blocks_only.T
+    again = total(prices.forward, blocks_only)
+    again_attention = total(prices.attention_forward, blocks_only)
+    again_communication = total(prices.tensor_forward + prices.context_forward, blocks_only)
+    tensor_again = total(prices.tensor_forward, blocks_only)
     tensor = total(prices.tensor_forward) + total(prices.tensor_backward) + np.where(full, tensor_again, 0.0)
     forward_communication = total(prices.tensor_forward) + total(prices.context_forward)
     backward_communication = (
@@ -116,6 +121,7 @@ def rank_work(prices: Prices, rows: Ints, counts: Floats, is_block: NDArray[np.b
         kept=kept,
         block_kept=np.where(full, largest(prices.kept * is_block), 0.0),
         working=largest(prices.working),
+        working_adding=largest(prices.working_adding),
         # A shared weight that lies on another pipeline rank than its owner is a second copy.
         parameters=total(prices.parameters) + (total(prices.shared) if len(counts) > 1 else 0.0),
         block_parameters=largest(prices.parameters * is_block),

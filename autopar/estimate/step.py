@@ -36,7 +36,7 @@ def transfer_seconds(setting: Setting, plans: PlanArrays, boundary: Floats) -> F
     """One transfer of ``boundary`` bytes between pipeline neighbours, [plans]."""
     stride = plans.dp * plans.cp * plans.tp
     seconds = collective_seconds(setting.cluster, "send", 2, stride, boundary, setting.stack.algorithms)
-    return np.asarray(np.where(plans.pp > 1, seconds, 0.0))
+    return np.asarray(np.where(plans.pp > 1, seconds + setting.collective_wait, 0.0))
 
 
 def closed_form_ends(plans: PlanArrays, work: RankWork, num_microbatches: Floats, transfer: Floats) -> PipelineEnds:

@@ -19,6 +19,7 @@ _KIB = 1024
 SIZES = (4 * _KIB, 32 * _KIB, 256 * _KIB, 1024 * _KIB, 4096 * _KIB, 16384 * _KIB, 32768 * _KIB)
 QUICK_SIZES = (16 * _KIB, 256 * _KIB, 2048 * _KIB)
 _SLOW_CALL_S = 0.3
+_WAITING_BYTES, _WAITING_CALLS = 64 * _KIB, 10
 _BATCH_S = 0.03
 _MAX_CALLS, _MIN_BATCHES, _MAX_BATCHES = 20, 2, 9
 
@@ -204,3 +205,45 @@ def _mean_iteration(block: nn.Module, x: Tensor, active: int, window_s: float) -
     total = torch.tensor([elapsed / max(iterations, 1)], dtype=torch.float64)
     dist.all_reduce(total)
     return float(total.item()) / active
+
+
+def measure_waiting(device: torch.device, num_nodes: int, dtype: torch.dtype, window_s: float) -> float:
+    """Seconds that a collective between passes waits for ranks to get a processor. Called by all ranks; CPU.
+
+    All ranks compute forward passes of a transformer block, with and without a small all-reduce after each. What the
+    all-reduce adds beyond its own time among idle ranks is waiting: where ranks share processors, a rank whose message
+    has come is not always running. Mean over group sizes; never below zero.
+    """
+    torch.manual_seed(0)
+    block, x = _Block(256, 4).to(dtype), torch.rand(4, 128, 256, dtype=dtype)
+    found = []
+    for layout in layouts(dist.get_world_size(), num_nodes):
+        group, ranks = make_group(layout)
+        call = make_call("all_reduce", device, group, ranks, _WAITING_BYTES)
+        _time_calls(call, 1, device)
+        alone = min(_time_calls(call, _WAITING_CALLS, device) for _ in range(3)) / _WAITING_CALLS
+        apart = _mean_pass(block, x, None, window_s)
+        together = _mean_pass(block, x, call, window_s)
+        found.append(together - apart - alone)
+        dist.destroy_process_group(group)
+    return max(0.0, sum(found) / len(found))
+
+
+def _mean_pass(block: nn.Module, x: Tensor, call: Callable[[], None] | None, window_s: float) -> float:
+    """Mean seconds of a forward pass, each followed by ``call``, while all ranks do the same; as many on each."""
+    passes = max(4, int(window_s / max(slowest(_one_pass(block, x)), 1e-4)))
+    wait_for_all()
+    start = time.perf_counter()
+    for _ in range(passes):
+        block(x)
+        if call is not None:
+            call()
+    return slowest(time.perf_counter() - start) / passes
+
+
+def _one_pass(block: nn.Module, x: Tensor) -> float:
+    wait_for_all()
+    start = time.perf_counter()
+    for _ in range(4):
+        block(x)
+    return (time.perf_counter() - start) / 4

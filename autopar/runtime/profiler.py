@@ -25,6 +25,7 @@ from autopar.runtime.measure_links import (
     layouts,
     measure_collectives,
     measure_sharing,
+    measure_waiting,
     wait_for_all,
 )
 from autopar.runtime.measure_overheads import measure_overheads
@@ -94,7 +95,9 @@ def _profile(job: ProfileJob, device: torch.device, reporter: _Reporter) -> None
     wait_for_all()
     sharing: tuple[SharingPoint, ...] = ()
     if job.device == "cpu" and ranks > 1:
-        sharing = measure_sharing(DTYPES[job.precision], 0.4 if job.quick else 1.5)
+        window = 0.4 if job.quick else 1.5
+        sharing = measure_sharing(DTYPES[job.precision], window)
+        overheads["collective.wait"] = measure_waiting(device, job.num_nodes, DTYPES[job.precision], window)
     reporter.finished("sharing")
     collectives: list[CollectivePoint] = []
     budget = _QUICK_LINK_BUDGET_S if job.quick else _LINK_BUDGET_S

@@ -72,13 +72,15 @@ def test_overlap_hides_no_more_than_the_window() -> None:
     assert exposed_seconds(1.0, 2.0, hidden=1.0, leak=0.25) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(("num_buckets", "bucket_seconds"), [(1, 0.3), (4, 0.1), (4, 0.4), (10, 0.05), (10, 0.2)])
-def test_bucket_tail_equals_the_queue_of_buckets(num_buckets: int, bucket_seconds: float) -> None:
-    """Buckets become ready evenly and are reduced one after another."""
-    window = 1.0
-    clock = 0.0
-    for index in range(num_buckets):
-        ready = window * (index + 1) / num_buckets
-        clock = max(clock, ready) + bucket_seconds
-    tail = bucketed_tail_seconds(num_buckets * bucket_seconds, window, window / num_buckets, bucket_seconds)
-    assert float(tail) == pytest.approx(clock - window)
+@given(st.floats(1.0, 400.0), st.floats(0.01, 3.0), st.floats(0.0, 3.0), st.floats(0.5, 5.0), st.floats(5.0, 60.0))
+def test_bucket_tail_equals_the_queue_of_buckets(
+    total: float, window: float, c: float, first: float, bucket: float
+) -> None:
+    """Fill buckets in order, each ready when its last byte is, and reduce them one after another."""
+    ready, clock, limit = 0.0, 0.0, first
+    while ready < total:
+        size = min(limit, total - ready)
+        ready, limit = ready + size, bucket
+        clock = max(clock, window * ready / total) + c * size / total
+    tail = bucketed_tail_seconds(c, window, total, first, bucket)
+    assert float(tail) == pytest.approx(clock - window, rel=1e-6, abs=1e-9)
