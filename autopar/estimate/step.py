@@ -84,7 +84,8 @@ def step_terms(
     busy: Floats = sum(terms.values(), np.zeros_like(m))
     terms["pipeline_transfer"] = np.minimum(moved, np.maximum(finished - sharing - busy, 0.0))
     terms["processor_sharing"] = sharing
-    terms["pipeline_bubble"] = finished - busy - terms["pipeline_transfer"] - sharing
+    bubble = finished - busy - terms["pipeline_transfer"] - sharing
+    terms["pipeline_bubble"] = np.where(plans.pp > 1, bubble, 0.0)
     terms["gradient_accumulation"] = of(accumulate, last)
     terms["data_parallel"] = of(data, last)
     terms["optimizer"] = of(update, last)

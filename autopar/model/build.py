@@ -265,8 +265,12 @@ class _Builder:
         spec = self.spec
         query_width, kv_width = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
         flops = 4 * self.batch * spec.num_heads * self.seq * self.seq * spec.head_size
+        kept_width = query_width + 2 * kv_width
+        if spec.fused_qkv and spec.position is Position.ROTARY:
+            # The value is a view of the fused product, whose whole storage stays beside the rotated query and key.
+            kept_width += query_width + kv_width
         saved = [
-            self.kept(f"{name}.qkv", self.activation_bytes(query_width + 2 * kv_width), Split.FEATURES),
+            self.kept(f"{name}.qkv", self.activation_bytes(kept_width), Split.FEATURES),
             self.kept(f"{name}.output", self.activation_bytes(query_width), Split.FEATURES),
             self.kept(f"{name}.logsumexp", self.tokens * spec.num_heads * STATISTIC_BYTES, Split.FEATURES),
         ]

@@ -71,6 +71,7 @@ def _llama(config: Mapping[str, Any], where: str) -> ModelSpec:
         norm=Norm.RMSNORM,
         position=Position.ROTARY,
         bias=False,
+        fused_qkv=False,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
 

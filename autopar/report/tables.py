@@ -60,6 +60,20 @@ def reason_columns(estimates: Sequence[Estimate]) -> list[Column]:
     ]
 
 
+def memory_item_columns(estimates: Sequence[Estimate]) -> list[Column]:
+    """Columns with the items of each plan's peak on its fullest rank; items that no plan has are left out."""
+    scale, unit = memory_scale(max(e.memory_bytes for e in estimates))
+    items = [item for item in MEMORY_LABELS if any(e.memory[item] for e in estimates)]
+    return [
+        Column(header="#", cells=tuple(str(i) for i in range(1, len(estimates) + 1))),
+        *(
+            Column(header=MEMORY_LABELS[item], cells=tuple(f"{e.memory[item] / scale:.2f}" for e in estimates))
+            for item in items
+        ),
+        Column(header=f"peak {unit}", cells=tuple(f"{e.memory_bytes / scale:.2f}" for e in estimates)),
+    ]
+
+
 def plans_caption(estimate: Estimate, *, device: str = "GPU") -> str:
     """What the columns of a plans table mean."""
     return (
@@ -86,8 +100,11 @@ def plans_table(
     from rich.text import Text
 
     numbers = terminal_table(plan_columns(estimates, device=device), width, title=title, strong=(0,))
+    items = terminal_table(memory_item_columns(estimates), width, strong=(0,))
     reasons = terminal_table(reason_columns(estimates), width, strong=(0,))
-    return Group(numbers, Text(), reasons, Text(), Text(plans_caption(estimates[0], device=device), style="dim"))
+    return Group(
+        numbers, Text(), items, Text(), reasons, Text(), Text(plans_caption(estimates[0], device=device), style="dim")
+    )
 
 
 def _parts_columns(
