@@ -21,7 +21,8 @@ from costmodels.compute import attention_seconds, matmul_seconds, stream_seconds
 
 OVERHEADS = {
     "tensor_parallel.linear.forward", "tensor_parallel.linear.backward", "tensor_parallel.norm.forward",
-    "tensor_parallel.norm.backward", "fsdp.module.forward", "fsdp.module.backward", "pipeline.action", "collective.wait",
+    "tensor_parallel.norm.backward", "fsdp.module.forward", "fsdp.module.backward", "pipeline.action",
+    "collective.wait",
 }  # fmt: skip
 
 
