@@ -268,6 +268,7 @@ def demo(
     layouts: Annotated[int, typer.Option(min=2, help="Layouts to run beside a single process.")] = 10,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 10,
     quick: Annotated[bool, typer.Option(help="A coarse profile.")] = False,
+    reuse: Annotated[bool, typer.Option(help="Predict anew for the profile and runs in --out; run nothing.")] = False,
 ) -> None:
     """Do it all: profile this machine, capture a model, plan, run plans, hold prediction to measurement."""
     from autopar.demo import DemoOptions, resolve_device
@@ -277,7 +278,7 @@ def demo(
 
     options = DemoOptions(
         out=out, ranks=ranks, emulate=emulate, device="cpu" if emulate else resolve_device(device),
-        num_layouts=layouts, steps=steps, quick=quick,
+        num_layouts=layouts, steps=steps, quick=quick, reuse=reuse,
     )  # fmt: skip
     with _progress() as on_message:
         report = run_demo(options, _say, on_message)

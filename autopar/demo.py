@@ -14,7 +14,7 @@ from autopar.errors import InputError
 from autopar.estimate import Estimate, Setting, estimate
 from autopar.estimate.traffic import expected_collectives
 from autopar.graph import OpGraph
-from autopar.measurement import Measurement
+from autopar.measurement import Measurement, read_measurement
 from autopar.model.build import build_graph
 from autopar.model.presets import load_preset
 from autopar.model.spec import ModelSpec
@@ -28,7 +28,7 @@ from autopar.search.exhaustive import SearchResult, search
 from autopar.search.space import Space
 from autopar.validate import compare
 from autopar.workload import Precision, Workload
-from costmodels.calibration import MachineProfile, profile_cluster
+from costmodels.calibration import MachineProfile, profile_cluster, read_profile
 from costmodels.stack import Stack, load_stack
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class DemoOptions:
         num_layouts: layouts to run beside the single process.
         steps: timed steps of each.
         quick: a coarse profile.
+        reuse: predict anew for the profile and the runs that ``out`` holds, and run nothing.
     """
 
     out: Path
@@ -63,6 +64,7 @@ class DemoOptions:
     num_layouts: int = 10
     steps: int = 10
     quick: bool = False
+    reuse: bool = False
 
     @property
     def command(self) -> str:
@@ -213,56 +215,85 @@ def demo(options: DemoOptions, say: Say, progress: OnMessage) -> DemoReport:
 
     options.out.mkdir(parents=True, exist_ok=True)
     spec, workload = demo_model(options.device)
+    if options.reuse:
+        profile, found, setting, estimates, measured, reference = _reuse(options, spec, workload, say)
+    else:
+        profile, found, setting, estimates, measured, reference = _measure(options, spec, workload, say, progress)
+    collectives = {e.plan.slug: expected_collectives(setting, e.plan) for e in estimates}
+    return DemoReport(
+        title=_title(spec, profile),
+        command=options.command,
+        date=profile.date,
+        machine=_machine(profile),
+        model=spec,
+        setting=setting,
+        profile=profile,
+        result=dataclasses.replace(found, best=found.best[:SHOWN_PLANS]),
+        estimates=estimates,
+        measurements=measured,
+        validation=compare(estimates, measured, collectives=collectives),
+        reference=reference,
+        reference_estimate=estimate(single_process(setting), reference.plan),
+    )
+
+
+_Found = tuple[
+    MachineProfile, SearchResult, Setting, tuple[Estimate, ...], tuple[Measurement, ...], Measurement
+]  # fmt: skip
+
+
+def _measure(options: DemoOptions, spec: ModelSpec, workload: Workload, say: Say, progress: OnMessage) -> _Found:
+    """Profile, capture, plan and run."""
     with site(options) as place:
         say(f"profile: {place.ranks} ranks on {len(place.nodes)} node(s)")
         profile = profile_machine(
             ranks=place.ranks, nodes=place.nodes, device=options.device, precision=workload.precision.value,
             out=options.out / "profile.json", quick=options.quick, link_rate=place.link_rate, on_message=progress,
         )  # fmt: skip
-        say(f"capture: {spec.name}")
-        graph = capture_model(spec, workload)
-        setting = Setting(
-            graph=graph, workload=workload, cluster=profile_cluster(profile), stack=runtime_stack(profile)
-        )
-        _check_capture(graph, build_graph(spec, seq_len=workload.seq_len, precision=workload.precision), say)
-        found = plan_layouts(setting, spec)
+        setting, found = _plan(profile, spec, workload, say)
         chosen = choose(found.best, options.num_layouts)
         say(f"plan: {found.considered} considered, {found.feasible} feasible; best {chosen[0].plan.slug}")
         write_plan_file(options.out / "plan.json", _plan_file(spec, workload, chosen[0]))
         say(f"run: {len(chosen)} layouts and a single process")
         measured = run_layouts(options, place, spec, workload, [e.plan for e in chosen], progress)
-        reference_plan = parse_slug(f"mb{workload.global_batch}")
         one = Site(nodes=place.nodes[:1], ranks_per_node=1)
-        reference = run_layouts(options, one, spec, workload, [reference_plan], progress)[0]
-    collectives = {e.plan.slug: expected_collectives(setting, e.plan) for e in chosen}
-    return DemoReport(
-        title=_title(spec, place),
-        command=options.command,
-        date=profile.date,
-        machine=_machine(profile, place),
-        model=spec,
-        setting=setting,
-        profile=profile,
-        result=dataclasses.replace(found, best=found.best[:SHOWN_PLANS]),
-        estimates=chosen,
-        measurements=measured,
-        validation=compare(chosen, measured, collectives=collectives),
-        reference=reference,
-        reference_estimate=estimate(single_process(setting), reference.plan),
-    )
+        alone = parse_slug(f"mb{workload.global_batch}")
+        reference = run_layouts(options, one, spec, workload, [alone], progress)[0]
+    return profile, found, setting, chosen, measured, reference
 
 
-def _title(spec: ModelSpec, place: Site) -> str:
-    where = f"{place.ranks} ranks"
-    if place.link_rate is not None:
-        where += f", an emulated cluster of {len(place.nodes)} nodes at {place.link_rate * 8 / 1e6:.0f} Mbit/s"
+def _reuse(options: DemoOptions, spec: ModelSpec, workload: Workload, say: Say) -> _Found:
+    """Predict anew what an earlier demo measured: the table before and after a change of the cost model."""
+    profile = read_profile(options.out / "profile.json")
+    setting, found = _plan(profile, spec, workload, say)
+    runs = [read_measurement(path) for path in sorted((options.out / "runs").glob("*/measurement.json"))]
+    measured = tuple(m for m in runs if m.plan.layout.world_size == profile.ranks)
+    references = [m for m in runs if m.plan.layout.world_size == 1]
+    if not measured or not references:
+        raise InputError(f"{options.out}/runs holds no runs of {profile.ranks} ranks and of one: leave out --reuse")
+    estimates = sorted((estimate(setting, m.plan) for m in measured), key=lambda e: e.step_s)
+    return profile, found, setting, tuple(estimates), measured, references[0]
+
+
+def _plan(profile: MachineProfile, spec: ModelSpec, workload: Workload, say: Say) -> tuple[Setting, SearchResult]:
+    say(f"capture: {spec.name}")
+    graph = capture_model(spec, workload)
+    _check_capture(graph, build_graph(spec, seq_len=workload.seq_len, precision=workload.precision), say)
+    setting = Setting(graph=graph, workload=workload, cluster=profile_cluster(profile), stack=runtime_stack(profile))
+    return setting, plan_layouts(setting, spec)
+
+
+def _title(spec: ModelSpec, profile: MachineProfile) -> str:
+    where = f"{profile.ranks} ranks"
+    if profile.link_rate is not None:
+        where += f", an emulated cluster of {profile.num_nodes} nodes at {profile.link_rate * 8 / 1e6:.0f} Mbit/s"
     return f"{spec.name} on {where}"
 
 
-def _machine(profile: MachineProfile, place: Site) -> dict[str, str]:
-    words = {"processor": profile.device_name, "cores": str(profile.cores), "ranks": str(place.ranks)}
-    if place.link_rate is not None:
-        words["network"] = f"{len(place.nodes)} network namespaces, {place.link_rate * 8 / 1e6:.0f} Mbit/s each"
+def _machine(profile: MachineProfile) -> dict[str, str]:
+    words = {"processor": profile.device_name, "cores": str(profile.cores), "ranks": str(profile.ranks)}
+    if profile.link_rate is not None:
+        words["network"] = f"{profile.num_nodes} network namespaces, {profile.link_rate * 8 / 1e6:.0f} Mbit/s each"
     return {**words, "backend": profile.backend, "precision": profile.precision, **profile.versions}
 
 

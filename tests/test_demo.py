@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def test_the_demo_predicts_runs_and_reports(tmp_path: Path) -> None:
     assert any("predicted" in name for name in processes) and any("measured" in name for name in processes)
     assert read_plan_file(tmp_path / "plan.json").slug == report.recommended.plan.slug
     assert read_profile(tmp_path / "profile.json").ranks == 4
+    again = demo(dataclasses.replace(options, reuse=True), lines.append, messages.append)
+    assert again.validation == report.validation and again.result.considered == report.result.considered
     slug = report.recommended.plan.slug
     assert read_measurement(tmp_path / "runs" / slug / "measurement.json").plan == report.recommended.plan
 
