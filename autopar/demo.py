@@ -38,6 +38,8 @@ Say = Callable[[str], None]
 OnMessage = Callable[[dict[str, Any]], None]
 
 MIN_MICROBATCHES = 4
+LAYOUTS = 10
+STEPS = 10
 STALL_TIMEOUT_S = 180.0
 SHOWN_PLANS = 20
 
@@ -61,8 +63,8 @@ class DemoOptions:
     ranks: int | None = None
     emulate: str | None = None
     device: str = "cpu"
-    num_layouts: int = 10
-    steps: int = 10
+    num_layouts: int = LAYOUTS
+    steps: int = STEPS
     quick: bool = False
     reuse: bool = False
 
@@ -72,6 +74,9 @@ class DemoOptions:
         words = ["autopar", "demo"]
         words += ["--emulate", self.emulate] if self.emulate else []
         words += ["--ranks", str(self.ranks)] if self.ranks else []
+        words += ["--layouts", str(self.num_layouts)] if self.num_layouts != LAYOUTS else []
+        words += ["--steps", str(self.steps)] if self.steps != STEPS else []
+        words += ["--quick"] if self.quick else []
         words += ["-o", str(self.out)]
         return shlex.join(words)
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from costmodels.errors import InputError, nearest
+from costmodels.errors import InputError
 from costmodels.records import from_plain, read_toml
+from costmodels.shipped import load_shipped, shipped_names
 from costmodels.units import GB, GIB, TFLOPS
 
 
@@ -224,18 +223,13 @@ class _DeviceSpec:
         )
 
 
-@cache
 def device_names() -> tuple[str, ...]:
     """Devices that ship with the program."""
-    folder = resources.files("costmodels") / "specs" / "devices"
-    return tuple(sorted(path.name.removesuffix(".toml") for path in folder.iterdir() if path.name.endswith(".toml")))
+    return shipped_names("devices")
 
 
 def _device_spec(name: str) -> _DeviceSpec:
-    if name not in device_names():
-        raise InputError(f"unknown device '{name}'{nearest(name, device_names())}")
-    path = resources.files("costmodels") / "specs" / "devices" / f"{name}.toml"
-    return from_plain(_DeviceSpec, read_toml(str(path)), f"device {name}")
+    return load_shipped(_DeviceSpec, "devices", name)
 
 
 def load_device(name: str) -> Device:

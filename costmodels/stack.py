@@ -8,11 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
 
-from costmodels.errors import InputError, nearest
-from costmodels.records import from_plain, read_toml
+from costmodels.shipped import load_shipped, shipped_names
 from costmodels.units import MIB
 
 
@@ -78,16 +75,11 @@ class Stack:
     origins: Mapping[str, str] = field(default_factory=dict)
 
 
-@cache
 def stack_names() -> tuple[str, ...]:
     """Stacks that ship with the program."""
-    folder = resources.files("costmodels") / "specs" / "stacks"
-    return tuple(sorted(path.name.removesuffix(".toml") for path in folder.iterdir() if path.name.endswith(".toml")))
+    return shipped_names("stacks")
 
 
 def load_stack(name: str) -> Stack:
     """Load a shipped stack by name. Raises InputError with the nearest name."""
-    if name not in stack_names():
-        raise InputError(f"unknown stack '{name}'{nearest(name, stack_names())}")
-    path = resources.files("costmodels") / "specs" / "stacks" / f"{name}.toml"
-    return from_plain(Stack, read_toml(str(path)), f"stack {name}")
+    return load_shipped(Stack, "stacks", name)

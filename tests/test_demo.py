@@ -70,6 +70,12 @@ def test_contradicting_options(tmp_path: Path, options: dict[str, str], message:
         resolve_device("gpu")
 
 
+def test_the_command_repeats_the_run() -> None:
+    assert DemoOptions(out=Path("reports/demo")).command == "autopar demo -o reports/demo"
+    options = DemoOptions(out=Path("out"), emulate="4x200mbit", ranks=8, num_layouts=6, steps=5, quick=True)
+    assert options.command == "autopar demo --emulate 4x200mbit --ranks 8 --layouts 6 --steps 5 --quick -o out"
+
+
 @pytest.mark.dist
 def test_the_demo_predicts_runs_and_reports(tmp_path: Path) -> None:
     options = DemoOptions(out=tmp_path, quick=True, steps=3, num_layouts=6)
