@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ class OpKind(StrEnum):
     ACTIVATION = "activation"
     EMBEDDING = "embedding"
     LOSS = "loss"
+    ROUTER = "router"
+    PERMUTE = "permute"
+    GROUPED_MATMUL = "grouped matmul"
 
 
 class Split(StrEnum):
@@ -35,6 +39,11 @@ class Split(StrEnum):
     product: sequence parallelism gathers them first. FEATURES lie inside a pair and are always divided. COLUMN
     and ROW are weights (and their products) divided by output and by input features. VOCAB is divided where the
     stack shards the vocabulary. NONE is whole on every rank.
+
+    Experts have their own ranks (``Layout.ep`` and ``Layout.etp``). EXPERT_TOKENS are rows routed to experts, as
+    wide as the residual stream; EXPERT_FEATURES the rows inside an expert. EXPERT_COLUMN and EXPERT_ROW are the
+    experts' weights (and their products): every ep rank holds its experts, divided over etp by output or input
+    features.
     """
 
     NONE = "none"
@@ -44,20 +53,38 @@ class Split(StrEnum):
     COLUMN = "column"
     ROW = "row"
     VOCAB = "vocab"
+    EXPERT_TOKENS = "expert tokens"
+    EXPERT_FEATURES = "expert features"
+    EXPERT_COLUMN = "expert column"
+    EXPERT_ROW = "expert row"
+
+
+# Names as in Megatron-Core's --recompute-modules. "moe" is the whole mixture of experts: it covers "moe_act".
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "moe_act", "moe", "mla_up_proj")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatmulShape:
-    """Product of [m, k] by [k, n]; m grows with the batch."""
+    """Product of [m, k] by [k, n]; m grows with the batch.
+
+    Grouped (``groups`` > 1): m rows in all, divided among ``groups`` experts, each with its own [k, n].
+    """
 
     m: int
     n: int
     k: int
+    groups: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionShape:
-    """Scaled dot product attention of ``batch`` sequences."""
+    """Scaled dot product attention of ``batch`` sequences.
+
+    Attributes:
+        value_size: width of a value's head; 0 means head_size.
+        window: tokens that a token sees, itself included; 0 is the whole sequence.
+        dropout: attention probabilities are dropped.
+    """
 
     batch: int
     num_heads: int
@@ -66,6 +93,9 @@ class AttentionShape:
     key_len: int
     head_size: int
     causal: bool
+    value_size: int = 0
+    window: int = 0
+    dropout: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,11 +110,16 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedTensor:
-    """A tensor that autograd keeps from forward to backward, owned by the first operation that keeps it."""
+    """A tensor that autograd keeps from forward to backward, owned by the first operation that keeps it.
+
+    ``made_by`` is the recompute module (one of RECOMPUTE_MODULES) of the operation that produced it, so that
+    recomputing that module frees it; empty if none did.
+    """
 
     name: str
     num_bytes: int
     split: Split
+    made_by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +138,10 @@ class Op:
         saved: what backward needs, see SavedTensor.
         output_bytes: size of its result.
         output_split: how tensor parallelism divides its result.
+        module: the part of a block that is recomputed together, one of RECOMPUTE_MODULES: ``core_attn`` (attention
+            without its products), ``layernorm``, ``mlp`` (dense feed-forward), ``moe_act`` (activation of the
+            experts), ``moe`` (the rest of router, experts and shared expert), ``mla_up_proj`` (from the latents to
+            queries, keys and values); empty otherwise.
     """
 
     name: str
@@ -118,6 +157,7 @@ class Op:
     saved: tuple[SavedTensor, ...] = ()
     output_bytes: int = 0
     output_split: Split = Split.TOKENS
+    module: str = ""
 
     @property
     def saved_bytes(self) -> int:
@@ -130,7 +170,7 @@ class Op:
         return sum(p.elements for p in self.parameters if p.shared_with is None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OpGraph:
     """Operations in order of execution and the data that flows between them.
 
@@ -151,6 +191,10 @@ class OpGraph:
     batch_size: int
     seq_len: int
     itemsize: int
+
+    def __hash__(self) -> int:
+        """By identity: graphs are built once and serve as keys of what is derived from them."""
+        return id(self)
 
     def digraph(self) -> nx.DiGraph[str]:
         """The graph in networkx, each node with its ``op``."""
@@ -177,19 +221,55 @@ class OpGraph:
         return sum(parameter.elements for parameter in self.parameters())
 
     @property
+    def active_parameters(self) -> int:
+        """Weights that one token meets: of the experts only those that it is sent to."""
+        total = 0
+        for op in self.ops:
+            if isinstance(op.shape, MatmulShape) and op.kind is OpKind.GROUPED_MATMUL:
+                rows_per_expert = self.batch_size * self.seq_len * op.shape.groups
+                total += op.num_parameters * op.shape.m // rows_per_expert
+            else:
+                total += op.num_parameters
+        return total
+
+    @cached_property
+    def _grouped(self) -> MatmulShape | None:
+        shapes = (op.shape for op in self.ops if op.split is Split.EXPERT_ROW)
+        return next((shape for shape in shapes if isinstance(shape, MatmulShape)), None)
+
+    @cached_property
+    def num_experts(self) -> int:
+        """Routed experts of a mixture-of-experts block; 0 without any."""
+        return self._grouped.groups if self._grouped else 0
+
+    @cached_property
+    def expert_width(self) -> int:
+        """Inner width of a routed expert; 0 without any."""
+        return self._grouped.k if self._grouped else 0
+
+    @cached_property
+    def top_k(self) -> int:
+        """Experts that a token is sent to; 0 without any."""
+        return self._grouped.m // (self.batch_size * self.seq_len) if self._grouped else 0
+
+    @cached_property
     def attention(self) -> AttentionShape | None:
         """Shape of the first attention, None for a model without any."""
         return next((op.shape for op in self.ops if isinstance(op.shape, AttentionShape)), None)
 
-    @property
+    @cached_property
     def stream_start(self) -> str | None:
         """Name of the operation whose result enters the first block."""
         before = [op for op in self.ops if op.block == -1]
         return before[-1].name if before else None
 
+    @cached_property
+    def _model_flops(self) -> tuple[int, int]:
+        return sum(op.forward_flops for op in self.ops), sum(op.backward_flops for op in self.ops)
+
     def model_flops(self) -> tuple[int, int]:
         """FLOPs of forward and backward of one batch, without recomputation and with the whole mask."""
-        return sum(op.forward_flops for op in self.ops), sum(op.backward_flops for op in self.ops)
+        return self._model_flops
 
 
 def check_graph(graph: OpGraph) -> None:

@@ -2,16 +2,21 @@
 
 Axes, slowest varying first, as in a torch DeviceMesh: pp, dp_replicate, dp_shard, cp, tp. Ranks that differ
 only in tp are neighbours, since tensor parallelism talks the most.
+
+Experts divide the same dp * cp * tp ranks of a pipeline stage anew: etp fastest, then ep, then edp, the ranks that
+hold equal experts. These axes are no part of ``AXES``, but ``groups`` and ``stride`` know them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.errors import PlanError
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT_AXES = ("edp", "ep", "etp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +30,8 @@ class Layout:
         vp: virtual stages per pipeline rank (interleaving); not a mesh axis.
         dp_replicate: data parallel ranks that hold equal copies.
         dp_shard: data parallel ranks that shard optimizer state, gradients or parameters (ZeRO).
+        ep: expert parallel ranks; each holds num_experts / ep experts.
+        etp: tensor parallel ranks of an expert.
     """
 
     tp: int = 1
@@ -33,18 +40,35 @@ class Layout:
     vp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
+    ep: int = 1
+    etp: int = 1
 
     def __post_init__(self) -> None:
-        for name in (*AXES, "vp"):
+        for name in (*AXES, "vp", "ep", "etp"):
             if getattr(self, name) < 1:
                 raise PlanError(f"layout: {name} is {getattr(self, name)}; a degree is at least 1")
         if self.vp > 1 and self.pp == 1:
             raise PlanError(f"layout: vp={self.vp} needs a pipeline: use pp>=2 or vp=1")
+        if self.stage_size % (self.ep * self.etp):
+            raise PlanError(
+                f"layout: ep*etp={self.ep * self.etp} does not divide the tp*cp*dp={self.stage_size} ranks of a "
+                "pipeline stage: use a divisor"
+            )
 
     @property
     def dp(self) -> int:
         """All data parallel ranks."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage: tp * cp * dp."""
+        return self.tp * self.cp * self.dp
+
+    @property
+    def edp(self) -> int:
+        """Ranks of a pipeline stage that hold equal experts (data parallel ranks of the experts)."""
+        return self.stage_size // (self.ep * self.etp)
 
     @property
     def world_size(self) -> int:
@@ -56,30 +80,47 @@ class Layout:
         return tuple(getattr(self, axis) for axis in AXES)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Position of a rank on every axis."""
+        """Position of a rank on every axis of ``AXES``."""
+        return self._position(rank, AXES)
+
+    def _position(self, rank: int, axes: tuple[str, ...]) -> dict[str, int]:
         if not 0 <= rank < self.world_size:
             raise PlanError(f"rank {rank} is outside of 0..{self.world_size - 1}")
         position: dict[str, int] = {}
-        for axis, degree in zip(reversed(AXES), reversed(self.degrees()), strict=True):
-            rank, position[axis] = divmod(rank, degree)
-        return {axis: position[axis] for axis in AXES}
+        for axis in reversed(axes):
+            rank, position[axis] = divmod(rank, getattr(self, axis))
+        return {axis: position[axis] for axis in axes}
 
     def groups(self, *axes: str) -> tuple[tuple[int, ...], ...]:
         """Groups of ranks that differ only along ``axes``, in rank order.
 
         ``groups("tp")`` are the tensor parallel groups; ``groups("dp_replicate", "dp_shard")`` the data parallel
-        ones.
+        ones; ``groups("ep")`` exchange tokens, and ``groups("edp")`` hold equal experts. Raises PlanError for an
+        unknown axis and for axes of both divisions, which have no groups in common.
         """
-        for axis in axes:
-            if axis not in AXES:
-                raise PlanError(f"'{axis}' is not a mesh axis; the axes are {', '.join(AXES)}")
+        division = _division(axes)
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
-            position = self.coordinates(rank)
-            key = tuple(position[axis] for axis in AXES if axis not in axes)
+            position = self._position(rank, division)
+            key = tuple(position[axis] for axis in division if axis not in axes)
             members.setdefault(key, []).append(rank)
         return tuple(tuple(ranks) for ranks in members.values())
 
     def stride(self, axis: str) -> int:
         """Distance in ranks between neighbours along ``axis``."""
-        return math.prod(self.degrees()[AXES.index(axis) + 1 :])
+        division = _division((axis,))
+        return math.prod(getattr(self, inner) for inner in division[division.index(axis) + 1 :])
+
+
+def _division(axes: Sequence[str]) -> tuple[str, ...]:
+    """The axes, slowest first, of which ``axes`` are some: those of dense layers or those of experts."""
+    known = (*AXES, *EXPERT_AXES)
+    for axis in axes:
+        if axis not in known:
+            raise PlanError(f"'{axis}' is not a mesh axis; the axes are {', '.join(known)}")
+    if not any(axis in EXPERT_AXES for axis in axes):
+        return AXES
+    mixed = [axis for axis in axes if axis not in ("pp", *EXPERT_AXES)]
+    if mixed:
+        raise PlanError(f"axis '{mixed[0]}' divides dense layers: it has no groups together with axes of experts")
+    return ("pp", *EXPERT_AXES)

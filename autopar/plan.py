@@ -1,21 +1,22 @@
 """A plan: every decision that turns a model and a workload into what each rank does, and what forbids it.
 
 The slug ``tp8.pp4.vp2.cp1.dp2.z1.mb1.ac-selective`` names a plan and is parsed back. Parts that differ from the
-usual follow it: ``sp`` (sequence parallel), ``rep2`` (replicas around sharded groups), ``sched-gpipe``, and
-``split-7-8-8-7`` (blocks per virtual stage, where they are not even).
+usual follow it: ``ep8`` and ``etp2`` (expert parallel, after ``cp``), ``ac-selective+mlp+layernorm`` (what is
+recomputed), ``ac-full5`` (in the first 5 blocks of each virtual stage), ``sp`` (sequence parallel), ``rep2`` (replicas
+around sharded groups), ``sched-gpipe``, and ``split-7-8-8-7`` (blocks per virtual stage, where they are not even).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 from autopar.errors import PlanError, nearest
-from autopar.graph import OpGraph
+from autopar.graph import RECOMPUTE_MODULES, OpGraph
 from autopar.layout import Layout
 from autopar.model.spec import ModelSpec
 from autopar.workload import Workload
@@ -40,6 +41,15 @@ class ScheduleName(StrEnum):
     GPIPE = "gpipe"
     ONE_F_ONE_B = "1f1b"
     INTERLEAVED = "interleaved"
+    ZB_H1 = "zb-h1"
+    ZB_H2 = "zb-h2"
+    ZB_V = "zb-v"
+    DUALPIPE_V = "dualpipe-v"
+
+
+V_SCHEDULES = (ScheduleName.ZB_V, ScheduleName.DUALPIPE_V)
+VIRTUAL_SCHEDULES = (ScheduleName.INTERLEAVED, *V_SCHEDULES)
+DEFAULT_MODULES = ("core_attn",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +74,10 @@ class Plan:
         recompute: what backward computes again.
         stage_blocks: blocks of each virtual stage in the order of the model; empty means as even as possible,
             earlier stages taking what is left over.
+        recompute_modules: parts of a block that selective recomputation covers, of autopar.graph.RECOMPUTE_MODULES;
+            empty means attention without its products (``core_attn``). Kept in that order, without repetition, and
+            without ``moe_act`` beside ``moe``, which covers it.
+        recompute_layers: first blocks of every virtual stage that full recomputation covers; 0 means all.
     """
 
     layout: Layout
@@ -73,6 +87,8 @@ class Plan:
     schedule: ScheduleName = ScheduleName.ONE_F_ONE_B
     recompute: Recompute = Recompute.NONE
     stage_blocks: tuple[int, ...] = ()
+    recompute_modules: tuple[str, ...] = ()
+    recompute_layers: int = 0
 
     def __post_init__(self) -> None:
         if self.microbatch_size < 1:
@@ -83,14 +99,39 @@ class Plan:
             raise PlanError(f"plan: dp_shard={self.layout.dp_shard} needs zero_stage 1, 2 or 3")
         if self.zero_stage > 0 and self.layout.dp_shard == 1 and self.layout.dp_replicate > 1:
             raise PlanError(f"plan: zero_stage={self.zero_stage} shards over dp_shard, which is 1")
-        if self.layout.vp > 1 and self.schedule is not ScheduleName.INTERLEAVED:
+        if self.layout.vp > 1 and self.schedule not in VIRTUAL_SCHEDULES:
             raise PlanError(f"plan: vp={self.layout.vp} needs the interleaved schedule, not {self.schedule}")
+        if self.schedule in V_SCHEDULES and self.layout.vp != 2:
+            raise PlanError(f"plan: the {self.schedule} schedule has two virtual stages per rank: use vp=2")
         if self.stage_blocks and len(self.stage_blocks) != self.num_stages:
             raise PlanError(
                 f"plan: stage_blocks has {len(self.stage_blocks)} entries for pp*vp={self.num_stages} stages"
             )
         if any(blocks < 1 for blocks in self.stage_blocks):
             raise PlanError(f"plan: stage_blocks {self.stage_blocks} leaves a stage without blocks")
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        for module in self.recompute_modules:
+            if module not in RECOMPUTE_MODULES:
+                raise PlanError(f"plan: unknown recompute module '{module}'{nearest(module, RECOMPUTE_MODULES)}")
+        if self.recompute_modules and self.recompute is not Recompute.SELECTIVE:
+            raise PlanError(f"plan: recompute_modules need recompute selective, not {self.recompute}")
+        if self.recompute_layers < 0:
+            raise PlanError(f"plan: recompute_layers is {self.recompute_layers}; it is 0 (all blocks) or more")
+        if self.recompute_layers and self.recompute is not Recompute.FULL:
+            raise PlanError(f"plan: recompute_layers={self.recompute_layers} needs recompute full")
+        given = set(self.recompute_modules) - ({"moe_act"} if "moe" in self.recompute_modules else set())
+        modules = tuple(module for module in RECOMPUTE_MODULES if module in given)
+        object.__setattr__(self, "recompute_modules", () if modules == DEFAULT_MODULES else modules)
+
+    @property
+    def recomputed_modules(self) -> tuple[str, ...]:
+        """Tags of the operations that selective recomputation covers; none with another setting."""
+        if self.recompute is not Recompute.SELECTIVE:
+            return ()
+        modules = self.recompute_modules or DEFAULT_MODULES
+        return (*modules, "moe_act") if "moe" in modules else modules
 
     @property
     def num_stages(self) -> int:
@@ -102,8 +143,10 @@ class Plan:
         """The plan's name, see the module's docstring."""
         layout = self.layout
         parts = [
-            f"tp{layout.tp}", f"pp{layout.pp}", f"vp{layout.vp}", f"cp{layout.cp}", f"dp{layout.dp}",
-            f"z{self.zero_stage}", f"mb{self.microbatch_size}", f"ac-{self.recompute}",
+            f"tp{layout.tp}", f"pp{layout.pp}", f"vp{layout.vp}", f"cp{layout.cp}",
+            *(f"{axis}{degree}" for axis, degree in (("ep", layout.ep), ("etp", layout.etp)) if degree > 1),
+            f"dp{layout.dp}", f"z{self.zero_stage}", f"mb{self.microbatch_size}",
+            "+".join((f"ac-{self.recompute}{self.recompute_layers or ''}", *self.recompute_modules)),
         ]  # fmt: skip
         if self.sequence_parallel:
             parts.append("sp")
@@ -136,7 +179,7 @@ def even_split(num_blocks: int, num_stages: int) -> tuple[int, ...]:
 
 
 _PART = re.compile(
-    r"(?P<key>tp|pp|vp|cp|dp|z|mb|rep)(?P<number>\d+)|(?P<word>ac|sched|split)-(?P<value>[\w-]+)|(?P<flag>sp)"
+    r"(?P<key>tp|pp|vp|cp|ep|etp|dp|z|mb|rep)(?P<number>\d+)|(?P<word>ac|sched|split)-(?P<value>[\w+-]+)|(?P<flag>sp)"
 )
 
 
@@ -168,13 +211,14 @@ def parse_slug(slug: str) -> Plan:
         layout=Layout(
             tp=numbers.get("tp", 1), cp=numbers.get("cp", 1), pp=numbers.get("pp", 1), vp=vp,
             dp_replicate=replicate, dp_shard=dp // replicate if replicate else 0,
+            ep=numbers.get("ep", 1), etp=numbers.get("etp", 1),
         ),
         microbatch_size=numbers["mb"],
         zero_stage=zero,
         sequence_parallel="sp" in words,
         schedule=_member(ScheduleName, words.get("sched", default_schedule(vp).value), slug),
-        recompute=_member(Recompute, words.get("ac", "none"), slug),
         stage_blocks=_parse_split(words["split"], slug) if "split" in words else (),
+        **_parse_recompute(words.get("ac", "none"), slug),
     )  # fmt: skip
 
 
@@ -183,6 +227,22 @@ def _member(kind: type[Member], word: str, slug: str) -> Member:
     if word not in known:
         raise PlanError(f"plan '{slug}': unknown {kind.__name__.lower()} '{word}'{nearest(word, known)}")
     return kind(word)
+
+
+class _RecomputeFields(TypedDict):
+    recompute: Recompute
+    recompute_modules: tuple[str, ...]
+    recompute_layers: int
+
+
+def _parse_recompute(text: str, slug: str) -> _RecomputeFields:
+    setting, *modules = text.split("+")
+    layers = re.fullmatch(r"full(\d+)", setting)
+    return {
+        "recompute": Recompute.FULL if layers else _member(Recompute, setting, slug),
+        "recompute_modules": tuple(modules),
+        "recompute_layers": int(layers[1]) if layers else 0,
+    }
 
 
 def _parse_split(text: str, slug: str) -> tuple[int, ...]:
@@ -215,6 +275,7 @@ def violations(plan: Plan, graph: OpGraph, workload: Workload, world_size: int) 
                     f"{name} heads", f"tp={layout.tp} does not divide {heads} {name} heads: use a divisor of {heads}",
                     tp=layout.tp, heads=heads,
                 )  # fmt: skip
+    _reject_experts(plan, graph, reject)
     features = [p for op in graph.block_ops(0) for p in op.parameters] if layout.tp > 1 else []
     if plan.sequence_parallel and layout.tp == 1:
         reject(
@@ -261,6 +322,25 @@ def violations(plan: Plan, graph: OpGraph, workload: Workload, world_size: int) 
             microbatches=plan.num_microbatches(workload), pp=layout.pp,
         )  # fmt: skip
     return tuple(found)
+
+
+def _reject_experts(plan: Plan, graph: OpGraph, reject: Callable[..., None]) -> None:
+    layout, experts, width = plan.layout, graph.num_experts, graph.expert_width
+    if not experts:
+        for axis, degree in (("ep", layout.ep), ("etp", layout.etp)):
+            if degree > 1:
+                reject("experts", f"{axis}={degree}, but the model has no experts: use {axis}=1", **{axis: degree})
+        return
+    if experts % layout.ep:
+        reject(
+            "experts", f"ep={layout.ep} does not divide {experts} experts: use a divisor of {experts}",
+            ep=layout.ep, experts=experts,
+        )  # fmt: skip
+    if width % layout.etp:
+        reject(
+            "expert width", f"etp={layout.etp} does not divide the experts' width of {width}: use a divisor of {width}",
+            etp=layout.etp, width=width,
+        )  # fmt: skip
 
 
 def check_plan(plan: Plan, graph: OpGraph, workload: Workload, world_size: int) -> None:

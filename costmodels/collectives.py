@@ -7,6 +7,7 @@ Source: Patarasu and Yuan 2009 (ring), Thakur et al. 2005.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,14 +79,56 @@ def serial_bytes(kind: str, num_ranks: ArrayLike, num_bytes: ArrayLike, algorith
     return sent
 
 
+def _efficiency(kind: str, num_ranks: Any, link: Link) -> Any:
+    if kind == "all_to_all" and link.all_to_all is not None:
+        return link.all_to_all
+    share: Any = np.full_like(num_ranks, link.efficiency)
+    for ranks, efficiency in link.efficiency_of.items():
+        share = np.where(num_ranks == int(ranks), efficiency, share)
+    return share
+
+
+def _transfer_seconds(kind: str, n: Any, size: Any, link: Link, algorithms: Mapping[str, str]) -> Any:
+    """Seconds that bytes take over one kind of link, latencies left out; zero for one rank."""
+    moved = serial_bytes(kind, n, size, algorithms) / (link.bandwidth * _efficiency(kind, n, link))
+    ramp: Any = link.ramp_bytes
+    if kind == "all_reduce" and link.in_network:
+        switch = in_network_bytes(n, size) / (link.bandwidth * link.in_network)
+        chosen = (n > 1) & (switch < moved)
+        moved, ramp = np.where(chosen, switch, moved), np.where(chosen, link.in_network_ramp, ramp)
+    if np.any(ramp):
+        moved = moved * (1 + np.sqrt(ramp / np.maximum(size, 1.0)))
+    return moved * link.slowdown
+
+
+def _latency_seconds(kind: str, n: Any, link: Link, algorithms: Mapping[str, str]) -> Any:
+    return link.base_latency + rounds(kind, n, algorithms) * link.latency
+
+
+def in_network_bytes(num_ranks: ArrayLike, num_bytes: ArrayLike) -> Any:
+    """Bytes per rank and direction of an all-reduce that a switch computes: (N+1)/N M.
+
+    Every rank hands over all its data once, and one N-th of the sum on top, since the ranks take turns as its owner
+    (NVLS); the same way back.
+    """
+    n = np.asarray(num_ranks, dtype=float)
+    return (n + 1) / n * np.asarray(num_bytes, dtype=float)
+
+
 def link_seconds(
     kind: str, num_ranks: ArrayLike, num_bytes: ArrayLike, link: Link, algorithms: Mapping[str, str] | None = None
 ) -> Any:
-    """Collective over one kind of link: rounds a + serial bytes / B; zero for one rank."""
+    """Collective over one kind of link; zero for one rank.
+
+    t = base_latency + rounds a + slowdown serial (1 + sqrt(ramp/M)) / (B efficiency). An all-reduce goes through the
+    switch where the link computes in the network and that is faster for large messages. A send is one message.
+
+    Source: ring or pairwise algorithms; the square root is how measured tables of NVLink approach their bandwidth
+    (1 MiB to 1 GiB), between a fixed latency (too early) and a fixed message size per step (too late).
+    """
     algorithms = algorithms or {}
-    n = np.asarray(num_ranks, dtype=float)
-    serial = serial_bytes(kind, n, num_bytes, algorithms)
-    seconds = rounds(kind, n, algorithms) * link.latency + serial / link.speed
+    n, size = np.asarray(num_ranks, dtype=float), np.asarray(num_bytes, dtype=float)
+    seconds = _latency_seconds(kind, n, link, algorithms) + _transfer_seconds(kind, n, size, link, algorithms)
     return seconds if kind == "send" else np.where(n > 1, seconds, 0.0)
 
 
@@ -107,24 +150,25 @@ def collective_seconds(
 ) -> Any:
     """Seconds of a collective among ``num_ranks`` ranks that are ``stride`` apart; arrays broadcast.
 
-    Inside a node the node's link, between nodes the network's. A group with l ranks on each of k nodes goes in two
-    levels: all_reduce = reduce_scatter in the node, all_reduce of M/l between nodes, all_gather in the node;
-    all_gather and reduce_scatter likewise, the share of a node (M/k ... M/l) crossing the network once. A send
-    crosses the network when the stride reaches out of the node. Measured curves of the cluster come first.
+    Inside a domain (a node, or a rack joined by NVLink) the node's link, between domains the network's. A group with l
+    ranks on each of k domains goes in two levels: all_reduce = reduce_scatter inside, all_reduce of M/l across,
+    all_gather inside; all_gather and reduce_scatter likewise, the share of a domain (M/k ... M/l) crossing the network
+    once. Over a ``pipelined`` network both levels move bytes at the same time, and a ring runs through all ranks. A
+    send crosses the network when the stride reaches out of the domain. Measured curves of the cluster come first.
     """
     algorithms = algorithms or {}
     n, step, size = np.broadcast_arrays(
         np.asarray(num_ranks, dtype=float), np.asarray(stride, dtype=float), np.asarray(num_bytes, dtype=float)
     )
     if kind == "send":
-        inside = step < cluster.devices_per_node
+        inside = step < cluster.domain
         seconds = np.where(
             inside,
             link_seconds("send", n, size, cluster.node_link, algorithms),
             link_seconds("send", n, size, cluster.network_link, algorithms),
         )
     else:
-        local, nodes = group_span(n, step, cluster.devices_per_node)
+        local, nodes = group_span(n, step, cluster.domain)
         seconds = _two_level_seconds(cluster, kind, local, nodes, size, algorithms)
     for curve in cluster.curves:
         if curve.kind == kind:
@@ -136,19 +180,47 @@ def collective_seconds(
 def _two_level_seconds(
     cluster: Cluster, kind: str, local: Any, nodes: Any, size: Any, algorithms: Mapping[str, str]
 ) -> Any:
+    """Latencies of both levels, and the bytes of both: after one another, or at the same time if pipelined."""
     inner, outer = cluster.node_link, cluster.network_link
-    if kind == "all_reduce":
-        inside = link_seconds(kind, local, size, inner, algorithms)
-        across = link_seconds(kind, nodes, size / local, outer, algorithms)
-        return inside + across
-    if kind in ("all_gather", "reduce_scatter"):
-        inside = link_seconds(kind, local, size, inner, algorithms)
-        across = link_seconds(kind, nodes, size / local, outer, algorithms)
-        return inside + across
     if kind == "all_to_all":
         n = local * nodes
-        inside = (local - 1) * inner.latency + size * (local - 1) / n / inner.speed
-        across = np.where(nodes > 1, (n - local) * outer.latency + size * (n - local) / n / outer.speed, 0.0)
-        return inside + across
-    flat = link_seconds(kind, local, size, inner, algorithms)
-    return flat + link_seconds(kind, nodes, size, outer, algorithms)
+        waits = (local - 1) * inner.latency + (n - local) * outer.latency
+        waits += np.where(local > 1, inner.base_latency, 0.0) + np.where(nodes > 1, outer.base_latency, 0.0)
+        within = size * (local - 1) / n / (inner.bandwidth * _efficiency(kind, local, inner)) * inner.slowdown
+        across = size * (n - local) / n / (outer.bandwidth * _efficiency(kind, nodes, outer)) * outer.slowdown
+    else:
+        share = size if kind == "broadcast" else size / local
+        waits = np.where(local > 1, _latency_seconds(kind, local, inner, algorithms), 0.0)
+        within = _transfer_seconds(kind, local, size, inner, algorithms)
+        outside, across = _network_seconds(kind, local, nodes, share, outer, algorithms)
+        waits = waits + np.where(nodes > 1, outside, 0.0)
+    within, across = np.where(local > 1, within, 0.0), np.where(nodes > 1, across, 0.0)
+    return waits + (np.maximum(within, across) if outer.pipelined else within + across)
+
+
+def _network_seconds(
+    kind: str, local: Any, nodes: Any, share: Any, link: Link, algorithms: Mapping[str, str]
+) -> tuple[Any, Any]:
+    """(latency, bytes) over the network of M/l a rank.
+
+    A pipelined ring passes through every rank, so that the network carries (N-1)/N of the share and not (k-1)/k. An
+    all-reduce may instead be done by the switches, or go up and down a tree of nodes: 2 ceil(log2 k) messages.
+    """
+    waits = _latency_seconds(kind, nodes, link, algorithms)
+    if not link.pipelined or kind not in ("all_reduce", "all_gather", "reduce_scatter"):
+        return waits, _transfer_seconds(kind, nodes, share, link, algorithms)
+    ring_link = dataclasses.replace(link, in_network=0.0, efficiency_of={})
+    across = _transfer_seconds(kind, nodes * local, share, ring_link, algorithms)
+    if kind != "all_reduce":
+        return waits, across
+    depth = link.base_latency + 2 * np.ceil(np.log2(nodes)) * link.latency
+    others = []
+    if link.in_network:
+        others.append(dataclasses.replace(ring_link, in_network=link.in_network))
+    if link.tree:
+        others.append(dataclasses.replace(ring_link, efficiency=link.tree))
+    for other in others:
+        bytes_seconds = _transfer_seconds(kind, nodes, share, other, algorithms)
+        better = depth + bytes_seconds < waits + across
+        waits, across = np.where(better, depth, waits), np.where(better, bytes_seconds, across)
+    return waits, across

@@ -24,6 +24,9 @@ SMALL_OP_BYTES = 64 * 1024
 LARGE_OP_BYTES = 2**20
 """An operation that moves more than this counts for a bandwidth."""
 
+FITTED = {"matmul": ("peak_fraction", "m_half", "n_half", "k_half"), "attention": ("peak_fraction", "len_half")}
+"""Constants of a rate that a profile is fitted for; the others keep their defaults."""
+
 
 def fit_device(profile: MachineProfile) -> Device:
     """One rank's processor, as a Device whose peaks are the highest measured rates.
@@ -152,7 +155,7 @@ def _compute_fit(device: Device, profile: MachineProfile, kind: str, phase: str)
     errors = relative_errors(predict_points(device, profile.precision, points), _seconds(points))
     if kind in PRODUCT_KINDS:
         rate = getattr(device, name.replace(".", "_"))
-        constants = {field.name: float(getattr(rate, field.name)) for field in dataclasses.fields(rate)}
+        constants = {constant: float(getattr(rate, constant)) for constant in FITTED[kind]}
     else:
         constants = {"bandwidth_fraction": device.bandwidth_fraction[name]}
     return summarize(name, constants, errors)

@@ -17,31 +17,27 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from costmodels.errors import InputError
+from costmodels.links import CollectiveCurve, Link, LinkSpec, fabric_names, load_fabric
+from costmodels.rates import AttentionKernel, AttentionRate, MatmulRate
 from costmodels.records import from_plain, read_toml
-from costmodels.shipped import load_shipped, shipped_names
+from costmodels.shipped import read_shipped, shipped_names
 from costmodels.units import GB, GIB, TFLOPS
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MatmulRate:
-    """Efficiency of a product [m, k] x [k, n]: e = peak_fraction / (1 + m_half/m + n_half/n + k_half/k).
-
-    Each ``*_half`` is the size at which that dimension alone halves the efficiency. The reciprocal is linear in the
-    four constants, so that a fit has one solution.
-    """
-
-    peak_fraction: float
-    m_half: float = 0.0
-    n_half: float = 0.0
-    k_half: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionRate:
-    """Fused attention reaches peak_fraction / (1 + len_half / key length) of the matmul peak."""
-
-    peak_fraction: float
-    len_half: float = 0.0
+__all__ = [
+    "AttentionKernel",
+    "AttentionRate",
+    "Cluster",
+    "CollectiveCurve",
+    "Device",
+    "Link",
+    "MatmulRate",
+    "device_names",
+    "fabric_names",
+    "group_span",
+    "load_cluster",
+    "load_device",
+    "load_fabric",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,11 +45,15 @@ class Device:
     """One accelerator, or one rank's share of a CPU.
 
     Attributes:
-        peak_flops: dense FLOP/s by precision (``fp32``, ``fp16``, ``bf16``).
+        peak_flops: dense FLOP/s by precision (``fp32``, ``fp16``, ``bf16``, ``fp8``, ``fp8-block``, ``mxfp8``,
+            ``nvfp4``).
         memory_bytes: that a rank may use.
         memory_bandwidth: bytes/s of the datasheet.
         matmul, matmul_backward: of forward products, and of the two of backward (None: as forward).
-        attention, attention_backward: of fused attention, likewise.
+        matmul_of: of a precision whose products do not follow ``matmul`` (forward and backward).
+        attention, attention_backward: of fused attention, likewise, where no kernel is named.
+        attention_kernels: by name of the kernel (``flash1``, ``flash2``, ``flash3``, ``cudnn``).
+        num_units: processors (SMs, compute units) that tiles of a product are spread over; 0 = unknown.
         bandwidth_fraction: share of memory_bandwidth that memory-bound operations reach, by kind of operation
             (``normalization``, ``activation``, ..., ``optimizer``), by ``<kind>.backward``, and ``default``.
         op_overhead: seconds that an operation takes however small it is.
@@ -70,6 +70,9 @@ class Device:
     attention_backward: AttentionRate | None = None
     bandwidth_fraction: Mapping[str, float] = field(default_factory=lambda: {"default": 1.0})
     op_overhead: float = 0.0
+    matmul_of: Mapping[str, MatmulRate] = field(default_factory=dict)
+    attention_kernels: Mapping[str, AttentionKernel] = field(default_factory=dict)
+    num_units: int = 0
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def peak(self, precision: str) -> float:
@@ -80,6 +83,22 @@ class Device:
             )
         return self.peak_flops[precision]
 
+    def matmul_rate(self, precision: str, backward: bool = False) -> MatmulRate:
+        """Efficiency of products in a precision."""
+        if precision in self.matmul_of:
+            return self.matmul_of[precision]
+        return (self.matmul_backward or self.matmul) if backward else self.matmul
+
+    def attention_rate(self, kernel: str | None = None, backward: bool = False) -> AttentionRate:
+        """Efficiency of a fused attention kernel; None: the device's own. InputError if the device lacks the kernel."""
+        if kernel is None:
+            return (self.attention_backward or self.attention) if backward else self.attention
+        if kernel not in self.attention_kernels:
+            known = ", ".join(sorted(self.attention_kernels)) or "none"
+            raise InputError(f"device {self.name} has no attention kernel '{kernel}'; it has: {known}")
+        chosen = self.attention_kernels[kernel]
+        return chosen.backward if backward else chosen.forward
+
     def stream_bandwidth(self, kind: str, backward: bool = False) -> float:
         """Bytes/s that memory-bound operations of a kind reach."""
         fractions = self.bandwidth_fraction
@@ -88,41 +107,13 @@ class Device:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Link:
-    """What connects ranks: bytes/s per rank and direction, seconds per message, share of bandwidth reached."""
-
-    name: str
-    bandwidth: float
-    latency: float
-    efficiency: float = 1.0
-    origins: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def speed(self) -> float:
-        """Bytes/s reached by large messages."""
-        return self.bandwidth * self.efficiency
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CollectiveCurve:
-    """Measured seconds of a collective among ``group_size`` ranks, over payload sizes in ascending order.
-
-    ``num_bytes`` is the whole tensor, as in autopar's counts.
-    """
-
-    kind: str
-    group_size: int
-    num_bytes: tuple[float, ...]
-    seconds: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
     """Equal nodes of equal devices.
 
     Attributes:
         num_nodes, devices_per_node: its shape; ranks fill a node before the next.
-        node_link: between devices of a node.
+        node_link: between devices of a node, or of a domain.
+        domain_size: devices that node_link joins (72 in an NVL72 rack); 0 means devices_per_node.
         network_link: between nodes, per device.
         curves: measured collectives; where one exists for a kind and size it replaces the formula.
         sharing: slowdown of a rank when 1, 2, ... ranks of one machine compute at the same time; empty where every
@@ -141,11 +132,17 @@ class Cluster:
     sharing: tuple[float, ...] = ()
     ranks_per_machine: int = 0
     link_uses_host: bool = False
+    domain_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "devices_per_node"):
             if getattr(self, name) < 1:
                 raise InputError(f"cluster {self.name}: {name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def domain(self) -> int:
+        """Devices joined by node_link."""
+        return self.domain_size or self.devices_per_node
 
     @property
     def world_size(self) -> int:
@@ -172,24 +169,6 @@ def group_span(size: ArrayLike, stride: ArrayLike, devices_per_node: int) -> tup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _LinkSpec:
-    name: str
-    bandwidth_GBps: float
-    latency_us: float
-    efficiency: float = 1.0
-    origins: Mapping[str, str] = field(default_factory=dict)
-
-    def link(self) -> Link:
-        return Link(
-            name=self.name,
-            bandwidth=self.bandwidth_GBps * GB,
-            latency=self.latency_us * 1e-6,
-            efficiency=self.efficiency,
-            origins=self.origins,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _DeviceSpec:
     name: str
     description: str
@@ -198,16 +177,30 @@ class _DeviceSpec:
     devices_per_node: int
     peak_TFLOPs: Mapping[str, float]
     matmul: MatmulRate
-    attention: AttentionRate
     bandwidth_fraction: Mapping[str, float]
-    node_link: _LinkSpec
-    network_link: _LinkSpec
+    node_link: LinkSpec
+    network_link: LinkSpec | None = None
+    fabric: str = ""
+    fabric_GBps: float = 0.0
+    attention: AttentionRate | None = None
+    attention_kernel: str = ""
     matmul_backward: MatmulRate | None = None
     attention_backward: AttentionRate | None = None
     op_overhead_us: float = 0.0
+    matmul_of: Mapping[str, MatmulRate] = field(default_factory=dict)
+    attention_kernels: Mapping[str, AttentionKernel] = field(default_factory=dict)
+    num_units: int = 0
+    domain_size: int = 0
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def device(self) -> Device:
+        """The device; its attention is the kernel named ``attention_kernel`` unless it has rates of its own."""
+        forward, backward = self.attention, self.attention_backward
+        if forward is None:
+            if self.attention_kernel not in self.attention_kernels:
+                raise InputError(f"device {self.name}: give [attention], or an attention_kernel that it has")
+            kernel = self.attention_kernels[self.attention_kernel]
+            forward, backward = kernel.forward, kernel.backward
         return Device(
             name=self.name,
             peak_flops={precision: peak * TFLOPS for precision, peak in self.peak_TFLOPs.items()},
@@ -215,10 +208,13 @@ class _DeviceSpec:
             memory_bandwidth=self.memory_bandwidth_GBps * GB,
             matmul=self.matmul,
             matmul_backward=self.matmul_backward,
-            attention=self.attention,
-            attention_backward=self.attention_backward,
+            attention=forward,
+            attention_backward=backward,
             bandwidth_fraction=self.bandwidth_fraction,
             op_overhead=self.op_overhead_us * 1e-6,
+            matmul_of=self.matmul_of,
+            attention_kernels=self.attention_kernels,
+            num_units=self.num_units,
             origins=self.origins,
         )
 
@@ -229,7 +225,19 @@ def device_names() -> tuple[str, ...]:
 
 
 def _device_spec(name: str) -> _DeviceSpec:
-    return load_shipped(_DeviceSpec, "devices", name)
+    return from_plain(_DeviceSpec, _inherited(read_shipped("devices", name)), f"device {name}")
+
+
+def _inherited(data: dict[str, Any]) -> dict[str, Any]:
+    """A specification on top of the one that it is ``like``, table by table."""
+    if "like" not in data:
+        return data
+    return _merged(_inherited(read_shipped("devices", data["like"])), {k: v for k, v in data.items() if k != "like"})
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    nested = {k: _merged(base[k], v) for k, v in own.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **own, **nested}
 
 
 def load_device(name: str) -> Device:
@@ -239,15 +247,21 @@ def load_device(name: str) -> Device:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ClusterSpec:
-    """cluster.toml: a shipped device, the number of nodes, and what differs from the device's usual machine."""
+    """cluster.toml: a shipped device, the number of nodes, and what differs from the device's usual machine.
+
+    The network is a [network_link] of its own, or a shipped ``fabric`` at ``fabric_GBps`` per device and direction.
+    """
 
     device: str
     num_nodes: int
     name: str = "cluster"
     devices_per_node: int | None = None
     memory_GiB: float | None = None
-    node_link: _LinkSpec | None = None
-    network_link: _LinkSpec | None = None
+    domain_size: int | None = None
+    node_link: LinkSpec | None = None
+    network_link: LinkSpec | None = None
+    fabric: str | None = None
+    fabric_GBps: float | None = None
 
 
 def load_cluster(text: str) -> Cluster:
@@ -281,5 +295,18 @@ def _build_cluster(spec: _ClusterSpec) -> Cluster:
         num_nodes=spec.num_nodes,
         devices_per_node=spec.devices_per_node or device_spec.devices_per_node,
         node_link=(spec.node_link or device_spec.node_link).link(),
-        network_link=(spec.network_link or device_spec.network_link).link(),
+        network_link=_network(spec, device_spec),
+        domain_size=device_spec.domain_size if spec.domain_size is None else spec.domain_size,
     )
+
+
+def _network(spec: _ClusterSpec, device: _DeviceSpec) -> Link:
+    """The network that the cluster describes, else its fabric, else those of the device's usual machine."""
+    if spec.network_link is not None:
+        return spec.network_link.link()
+    if spec.fabric is None and spec.fabric_GBps is None and device.network_link is not None:
+        return device.network_link.link()
+    name, rate = spec.fabric or device.fabric, spec.fabric_GBps or device.fabric_GBps
+    if not name or not rate:
+        raise InputError(f"cluster {spec.name}: name the network between nodes: fabric and fabric_GBps")
+    return load_fabric(name, rate * GB)

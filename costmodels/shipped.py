@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import resources
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from costmodels.errors import InputError, nearest
 from costmodels.records import from_plain, read_toml
 
 Record = TypeVar("Record")
+
+SpecPath = tuple[str, ...]
+"""Folder, specification and keys of one number: ("devices", "h100", "matmul", "peak_fraction")."""
+
+_REPLACED: ContextVar[Mapping[SpecPath, float]] = ContextVar("replaced", default={})
+
+
+@contextmanager
+def replaced(values: Mapping[SpecPath, float]) -> Iterator[None]:
+    """Within the block specifications read as if these numbers stood in them; the files stay as they are.
+
+    For fits, which try many values. Loaders that cache what they read must be called past their cache.
+    """
+    token = _REPLACED.set({**_REPLACED.get(), **values})
+    try:
+        yield
+    finally:
+        _REPLACED.reset(token)
 
 
 @cache
@@ -19,10 +40,20 @@ def shipped_names(folder: str) -> tuple[str, ...]:
     return tuple(sorted(path.name.removesuffix(".toml") for path in paths if path.name.endswith(".toml")))
 
 
+def read_shipped(folder: str, name: str) -> dict[str, Any]:
+    """Read one specification as plain data. Raises InputError with the nearest name."""
+    if name not in shipped_names(folder):
+        raise InputError(f"unknown {folder.removesuffix('s')} '{name}'{nearest(name, shipped_names(folder))}")
+    data = read_toml(str(resources.files("costmodels") / "specs" / folder / f"{name}.toml"))
+    for (its_folder, its_name, *tables, key), value in _REPLACED.get().items():
+        if (its_folder, its_name) == (folder, name):
+            place = data
+            for table in tables:
+                place = place.setdefault(table, {})
+            place[key] = value
+    return data
+
+
 def load_shipped(kind: type[Record], folder: str, name: str) -> Record:
     """Read one specification as a record. Raises InputError with the nearest name."""
-    what = folder.removesuffix("s")
-    if name not in shipped_names(folder):
-        raise InputError(f"unknown {what} '{name}'{nearest(name, shipped_names(folder))}")
-    path = resources.files("costmodels") / "specs" / folder / f"{name}.toml"
-    return from_plain(kind, read_toml(str(path)), f"{what} {name}")
+    return from_plain(kind, read_shipped(folder, name), f"{folder.removesuffix('s')} {name}")

@@ -1,16 +1,210 @@
-"""What a training engine does on top of the hardware: overlap, sharding habits, buffers, algorithms.
+"""What a training engine does on top of the hardware: kernels, host, overlap, sharding habits, buffers.
 
 A Stack is data (``specs/stacks/*.toml``). Estimates name the stack that they assume, since the same plan costs
-differently under different engines.
+differently under different engines. A stack may stand on another one (``base``) and state only what differs, and has
+named variants, settings that its users turn on or off: ``megatron-bridge+cuda-graph-full+a2a-overlap``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
-from costmodels.shipped import load_shipped, shipped_names
+from costmodels.errors import InputError, nearest
+from costmodels.records import from_plain
+from costmodels.shipped import read_shipped, shipped_names
 from costmodels.units import MIB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernels:
+    """How operations execute on a device.
+
+    Attributes:
+        attention: fused attention kernels by preference, the first that the device knows is used; ``unfused`` for
+            two batched products; empty for what the device's own profile measured.
+        fused_softmax: unfused attention scales, masks and normalises in one kernel.
+        softmax_heads: that kernel takes only a number of (sequences x heads) that this divides.
+        matmul_rate: level of matrix products relative to the device's.
+        stream_rate: level of memory-bound operations relative to the device's.
+        attention_rate: level of attention relative to the device's.
+        traffic: bytes that a kind of operation moves, relative to one fused kernel, by kind.
+        quantize_bytes: moved per element that is cast to a narrower type before a product.
+        fused_accumulation: weight gradients are added to their sum by the product that makes them.
+        recompute_stops_early: recomputing a block leaves out its last product, whose result backward does not need.
+    """
+
+    attention: tuple[str, ...] = ()
+    fused_softmax: bool = True
+    softmax_heads: int = 1
+    matmul_rate: float = 1.0
+    stream_rate: float = 1.0
+    attention_rate: float = 1.0
+    traffic: Mapping[str, float] = field(default_factory=dict)
+    quantize_bytes: float = 5.0
+    fused_accumulation: bool = False
+    recompute_stops_early: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """The processor that launches kernels: a pass takes (device^q + host^q)^(1/q).
+
+    Attributes:
+        launch_seconds: of an operation's forward; backward takes twice that.
+        calls: launches of a kind of operation, relative to one; ``collective`` for tensor parallel ones,
+            ``plain softmax`` for what unfused attention adds where its fused softmax does not fit.
+        graphed: share of launches that CUDA graphs save.
+        exponent: q; 1 where launches block the device, large where they run ahead.
+        step_seconds: per step, beside everything else.
+    """
+
+    launch_seconds: float = 0.0
+    calls: Mapping[str, float] = field(default_factory=dict)
+    graphed: float = 0.0
+    exponent: float = 4.0
+    step_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorHabits:
+    """Tensor and sequence parallel habits.
+
+    Attributes:
+        exposed: share of communication that is not hidden; above 1 where it runs slower than alone.
+        vocab_parallel: embedding and head are divided.
+        keeps_gathered: under sequence parallelism a column product keeps its gathered input, not its shard.
+        sequence_copies: tensors of the whole sequence alive around a gather or scatter along it.
+    """
+
+    exposed: float = 1.0
+    vocab_parallel: bool = True
+    keeps_gathered: bool = False
+    sequence_copies: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContextHabits:
+    """Context parallel habits.
+
+    Attributes:
+        exposed: share of the exchange of keys and values that attention does not hide.
+    """
+
+    exposed: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertHabits:
+    """Expert parallel habits.
+
+    Attributes:
+        exposed: share of all-to-all time that is not hidden.
+        deduplicates: a token goes to a node once, however many of its experts are there.
+        bandwidth_share: of the links, that dispatch and combine reach, relative to large collectives.
+        dispatch_bytes: per element of a dispatched token.
+    """
+
+    exposed: float = 1.0
+    deduplicates: bool = False
+    bandwidth_share: float = 1.0
+    dispatch_bytes: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataHabits:
+    """Data parallel habits: replicated and sharded.
+
+    Attributes:
+        gradient_bytes: of a kept gradient element under 2-byte types.
+        reduce_bytes: of a gradient element in data parallel reduction under 2-byte types.
+        gather_bytes: of a weight element in a gather; 0 means as weights are.
+        master_weights: the optimizer keeps an fp32 copy of 2-byte weights and fp32 moments.
+        shards_fp32: ZeRO-3 keeps its shards in fp32 and casts what it gathers.
+        bucketed_overlap: unsharded data parallel gradients are reduced in buckets during the last backward.
+        overlap_single_stage: only where there is no pipeline.
+        bucket_bytes, first_bucket_bytes: of those buckets.
+        persistent_gradients: gradients lie in buffers that stay between steps; else they come with each backward, and
+            where replicated ones are reduced in buckets, the buckets stay beside them.
+        copies_buffers: gradients and gathered weights are copied to and from the buffers that are sent.
+        shard_hidden, shard_leak: how sharded communication hides behind compute (see overlap).
+        replicated_leak: share of a hidden replicated reduction that still costs.
+        accumulates_sharded: gradients to shard are scattered after every microbatch, not once a step.
+        gathered_blocks: blocks whose gathered parameters exist at once under ZeRO-3.
+        owner_seconds: per rank that shards, where each owner broadcasts its parameters one after another.
+        shardable: ZeRO stages that the engine has.
+    """
+
+    gradient_bytes: float = 4.0
+    reduce_bytes: float = 4.0
+    gather_bytes: float = 0.0
+    master_weights: bool = True
+    shards_fp32: bool = False
+    bucketed_overlap: bool = True
+    overlap_single_stage: bool = False
+    bucket_bytes: float = 25 * MIB
+    first_bucket_bytes: float = 1 * MIB
+    persistent_gradients: bool = False
+    copies_buffers: bool = True
+    shard_hidden: float = 0.0
+    shard_leak: float = 0.0
+    replicated_leak: float = 0.0
+    accumulates_sharded: bool = False
+    gathered_blocks: float = 2.0
+    owner_seconds: float = 0.0
+    shardable: tuple[int, ...] = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineHabits:
+    """Pipeline habits.
+
+    Attributes:
+        buffers: a stage has receive buffers for all microbatches and keeps its results until their backward.
+        serial_stages: a stage's gathers and reductions happen within its passes, so that its neighbours wait for them.
+        scatters: a stage sends 1/tp of an activation per rank, and the receivers gather it.
+        interleaved_exposed: share of transfers that interleaved stages wait for.
+        balanced_ends: embedding and head count as a block each when blocks are divided over stages.
+    """
+
+    buffers: bool = True
+    serial_stages: bool = True
+    scatters: bool = False
+    interleaved_exposed: float = 1.0
+    balanced_ends: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryHabits:
+    """What is held beside states and activations.
+
+    Attributes:
+        fused_activations: activation functions keep their inputs only, not what lies between them.
+        working: temporary tensors of backward: of the largest ``operation``, or whole activations at the stage's
+            ``boundary`` alone, where the engine frees and reuses everything else.
+        loss_copies: logit-sized tensors (of the activations' type) alive in the loss's backward, beside what forward
+            kept.
+        loss_bytes: that the loss keeps per logit from forward to backward; 0 means what the graph says.
+        vocab_bytes: per element of the embedding and of the head.
+        block_share: times that a block's activations are held again in its backward, as gradients and copies.
+        step_bytes: per weight whose optimizer state is here, while the optimizer steps.
+        workspace_bytes: of libraries, from the allocator.
+        fragmentation: share of everything else that the allocator cannot use.
+        reserve_bytes: context, communicators and libraries outside the allocator.
+    """
+
+    fused_activations: bool = False
+    working: str = "operation"
+    loss_copies: float = 2.0
+    loss_bytes: float = 0.0
+    vocab_bytes: float = 0.0
+    block_share: float = 0.0
+    step_bytes: float = 0.0
+    workspace_bytes: float = 0.0
+    fragmentation: float = 0.0
+    reserve_bytes: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,58 +212,23 @@ class Stack:
     """Traits of one engine.
 
     Attributes:
-        gradient_bytes: of a kept gradient element under fp16 and bf16 (fp32 runs keep 4).
-        reduce_bytes: of a gradient element in data parallel reduction under fp16 and bf16.
-        master_weights: the optimizer keeps an fp32 copy of 2-byte weights and fp32 moments.
-        vocab_parallel: tensor parallelism divides embedding and head.
-        keeps_gathered: under sequence parallelism a column product keeps its gathered input, not its shard.
-        fused_accumulation: weight gradients are added to their sum by the product that makes them.
-        bucketed_overlap: unsharded data parallel gradients are reduced in buckets during the last backward.
-        bucket_bytes, first_bucket_bytes: of those buckets.
-        persistent_gradients: gradients lie in buffers that stay between steps; else they come with each backward, and
-            where replicated ones are reduced in buckets, the buckets stay beside them.
-        copies_buffers: gradients and gathered weights are copied to and from the buffers that are sent.
-        shard_hidden, shard_leak: how sharded data parallel communication hides behind compute (see overlap).
-        tensor_exposed: share of tensor parallel communication that is not hidden.
-        accumulates_sharded: gradients to shard are scattered after every microbatch, not once a step.
-        pipeline_buffers: a stage has receive buffers for all microbatches and keeps its results until their backward.
-        serial_stages: a stage's gathers and reductions happen within its passes, so that its neighbours wait for them.
-        gathered_blocks: blocks whose gathered parameters exist at once under ZeRO-3.
-        sequence_copies: tensors of the whole sequence alive around a gather or scatter along it.
-        loss_copies: logit-sized tensors alive in the loss's backward, beside what forward kept.
-        reserve_bytes: context, communicators and libraries.
-        fragmentation: share of everything else that the allocator cannot use.
-        shardable: ZeRO stages that the engine has.
+        straggler: longer step per doubling of nodes.
         algorithms: collective kind to algorithm, where it is not the ring (see costmodels.collectives).
         overheads: host seconds per call, by name, beside the device's op_overhead.
-        origins: where numbers come from.
+        origins: where numbers come from, by ``group.field``.
     """
 
     name: str
     description: str
-    gradient_bytes: float = 4.0
-    reduce_bytes: float = 4.0
-    master_weights: bool = True
-    vocab_parallel: bool = True
-    keeps_gathered: bool = False
-    fused_accumulation: bool = False
-    bucketed_overlap: bool = True
-    bucket_bytes: float = 25 * MIB
-    first_bucket_bytes: float = 1 * MIB
-    persistent_gradients: bool = False
-    accumulates_sharded: bool = False
-    pipeline_buffers: bool = True
-    serial_stages: bool = True
-    copies_buffers: bool = True
-    shard_hidden: float = 0.0
-    shard_leak: float = 0.0
-    tensor_exposed: float = 1.0
-    gathered_blocks: float = 2.0
-    sequence_copies: float = 3.0
-    loss_copies: float = 2.0
-    reserve_bytes: float = 0.0
-    fragmentation: float = 0.0
-    shardable: tuple[int, ...] = (0, 1, 2, 3)
+    kernels: Kernels = field(default_factory=Kernels)
+    host: Host = field(default_factory=Host)
+    tensor: TensorHabits = field(default_factory=TensorHabits)
+    context: ContextHabits = field(default_factory=ContextHabits)
+    experts: ExpertHabits = field(default_factory=ExpertHabits)
+    data: DataHabits = field(default_factory=DataHabits)
+    pipeline: PipelineHabits = field(default_factory=PipelineHabits)
+    memory: MemoryHabits = field(default_factory=MemoryHabits)
+    straggler: float = 0.0
     algorithms: Mapping[str, str] = field(default_factory=dict)
     overheads: Mapping[str, float] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -80,6 +239,38 @@ def stack_names() -> tuple[str, ...]:
     return shipped_names("stacks")
 
 
-def load_stack(name: str) -> Stack:
-    """Load a shipped stack by name. Raises InputError with the nearest name."""
-    return load_shipped(Stack, "stacks", name)
+def stack_variants(name: str) -> tuple[str, ...]:
+    """Variants of a shipped stack, those of its bases included."""
+    return tuple(sorted(_tables(name)[1]))
+
+
+@cache
+def load_stack(text: str) -> Stack:
+    """Load ``NAME`` or ``NAME+VARIANT+...``; later variants win. Raises InputError with the nearest name."""
+    name, *chosen = text.split("+")
+    plain, variants = _tables(name)
+    for variant in chosen:
+        if variant not in variants:
+            raise InputError(f"stack {name} has no variant '{variant}'{nearest(variant, variants)}")
+        plain = _merged(plain, variants[variant])
+    return from_plain(Stack, {**plain, "name": text}, f"stack {text}")
+
+
+def _tables(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A stack's plain data and its variants, with what its bases say underneath."""
+    found = dict(read_shipped("stacks", name))
+    variants = found.pop("variants", {})
+    base = found.pop("base", None)
+    if base is None:
+        return found, variants
+    below, below_variants = _tables(base)
+    return _merged(below, found), _merged(below_variants, variants)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, table by table."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merged(result[key], value) if both else value
+    return result

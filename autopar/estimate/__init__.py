@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.estimate.arrays import Ints, PlanArrays, to_arrays
+from autopar.estimate.arrays import RECOMPUTE_CODES, Ints, PlanArrays, to_arrays
 from autopar.estimate.memory import ITEMS, RankMemory, rank_memory
 from autopar.estimate.pieces import Floats, combinations, price, sections
 from autopar.estimate.result import Estimate
@@ -27,7 +27,7 @@ from autopar.estimate.step import (
     transfer_seconds,
 )
 from autopar.estimate.timeline import timeline
-from autopar.plan import Plan, check_plan
+from autopar.plan import Plan, Recompute, check_plan
 from autopar.shard import boundary_bytes
 
 __all__ = ["Costs", "Estimate", "PlanArrays", "Setting", "estimate", "estimate_many", "timeline", "to_arrays"]
@@ -76,13 +76,14 @@ def _evaluate(setting: Setting, plans: PlanArrays) -> Iterator[tuple[Ints, dict[
     graph = setting.graph
     parts = sections(graph)
     degrees, rows = combinations(plans)
-    prices = price(setting, degrees, parts)
+    selective = bool((plans.recompute == RECOMPUTE_CODES.index(Recompute.SELECTIVE)).any())
+    prices = price(setting, degrees, parts, by_module=selective)
     boundary = np.asarray(boundary_bytes(graph, degrees, setting.stack))
     is_block = np.asarray([part.is_block(graph) for part in parts])
     for pp, vp, blocks, indices in stage_groups(plans):
         group = plans.select(indices)
-        counts = section_counts(parts, graph.num_blocks, pp, vp, blocks)
-        work = rank_work(prices, rows[indices], counts, is_block, group.recompute)
+        counts = section_counts(parts, graph.num_blocks, pp, vp, blocks, setting.stack)
+        work = rank_work(prices, rows[indices], counts, is_block, group, setting.stack)
         work = with_overheads(work, group, setting.stack)
         m = np.asarray(setting.workload.global_batch / (group.dp * group.microbatch))
         edge = boundary[rows[indices]]

@@ -8,20 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from autopar.graph import RECOMPUTE_MODULES
 from autopar.layout import Layout
-from autopar.plan import Plan, Recompute, ScheduleName, default_schedule
+from autopar.plan import Plan, Recompute, ScheduleName
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 RECOMPUTE_CODES = tuple(Recompute)
+SCHEDULE_CODES = tuple(ScheduleName)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanArrays:
-    """Equally long arrays, one entry a plan; names as in Layout and Plan. ``recompute`` indexes RECOMPUTE_CODES.
+    """Equally long arrays, one entry a plan; names as in Layout and Plan.
 
     Attributes:
+        recompute, schedule: index RECOMPUTE_CODES and SCHEDULE_CODES.
+        modules: what selective recomputation covers, a bit for each of RECOMPUTE_MODULES.
+        recompute_layers: of every virtual stage that full recomputation covers; 0 means all.
         stage_blocks: blocks per virtual stage where they are given by hand, by index of the plan.
     """
 
@@ -35,7 +40,11 @@ class PlanArrays:
     zero: Ints
     sp: Bools
     recompute: Ints
-    gpipe: Bools
+    schedule: Ints
+    ep: Ints
+    etp: Ints
+    modules: Ints
+    recompute_layers: Ints
     stage_blocks: dict[int, tuple[int, ...]]
 
     def __len__(self) -> int:
@@ -45,6 +54,16 @@ class PlanArrays:
     def dp(self) -> Ints:
         """All data parallel ranks."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def gpipe(self) -> Bools:
+        """All forwards before the first backward."""
+        return np.asarray(self.schedule == SCHEDULE_CODES.index(ScheduleName.GPIPE))
+
+    @property
+    def expert_ranks(self) -> Ints:
+        """Ranks of a stage that hold equal experts."""
+        return self.dp * self.cp * self.tp // (self.ep * self.etp)
 
     @property
     def shards(self) -> Ints:
@@ -81,14 +100,28 @@ class PlanArrays:
                 vp=vp,
                 dp_replicate=int(self.dp_replicate[index]),
                 dp_shard=int(self.dp_shard[index]),
+                ep=int(self.ep[index]),
+                etp=int(self.etp[index]),
             ),
             microbatch_size=int(self.microbatch[index]),
             zero_stage=int(self.zero[index]),
             sequence_parallel=bool(self.sp[index]),
-            schedule=ScheduleName.GPIPE if self.gpipe[index] else default_schedule(vp),
+            schedule=SCHEDULE_CODES[int(self.schedule[index])],
             recompute=RECOMPUTE_CODES[int(self.recompute[index])],
+            recompute_modules=modules_of(int(self.modules[index])),
+            recompute_layers=int(self.recompute_layers[index]),
             stage_blocks=self.stage_blocks.get(index, ()),
         )
+
+
+def modules_mask(modules: Sequence[str]) -> int:
+    """Bits of recompute modules."""
+    return sum(1 << RECOMPUTE_MODULES.index(module) for module in modules)
+
+
+def modules_of(mask: int) -> tuple[str, ...]:
+    """Modules of a mask, in the order of RECOMPUTE_MODULES."""
+    return tuple(module for bit, module in enumerate(RECOMPUTE_MODULES) if mask >> bit & 1)
 
 
 def to_arrays(plans: Sequence[Plan]) -> PlanArrays:
@@ -108,6 +141,10 @@ def to_arrays(plans: Sequence[Plan]) -> PlanArrays:
         zero=ints([plan.zero_stage for plan in plans]),
         sp=np.asarray([plan.sequence_parallel for plan in plans], dtype=np.bool_),
         recompute=ints([RECOMPUTE_CODES.index(plan.recompute) for plan in plans]),
-        gpipe=np.asarray([plan.schedule is ScheduleName.GPIPE for plan in plans], dtype=np.bool_),
+        schedule=ints([SCHEDULE_CODES.index(plan.schedule) for plan in plans]),
+        ep=ints([plan.layout.ep for plan in plans]),
+        etp=ints([plan.layout.etp for plan in plans]),
+        modules=ints([modules_mask(plan.recomputed_modules) for plan in plans]),
+        recompute_layers=ints([plan.recompute_layers for plan in plans]),
         stage_blocks={i: plan.stage_blocks for i, plan in enumerate(plans) if plan.stage_blocks},
     )

@@ -1,18 +1,59 @@
-"""Seconds of data parallel communication that a step waits for, arrays [plans, ranks]."""
+"""Seconds of data parallel communication that a step waits for, arrays [plans, ranks].
+
+Dense weights are replicated or sharded over a stage's dp and cp ranks, experts over the ranks that hold equal experts.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from autopar.estimate.arrays import PlanArrays
+from autopar.estimate.arrays import Ints, PlanArrays
 from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
 from autopar.estimate.stages import RankWork
 from costmodels.collectives import collective_seconds
 from costmodels.compute import stream_seconds
 from costmodels.overlap import bucketed_tail_seconds, exposed_seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightGroup:
+    """Weights whose gradients are reduced over the same ranks.
+
+    Attributes:
+        parameters: on a rank, [plans, ranks].
+        shards, replicas: ranks that divide the state, and groups of them with equal gradients, [plans, 1].
+        stride: distance in ranks between neighbours, [plans, 1].
+    """
+
+    parameters: Floats
+    shards: Ints
+    replicas: Ints
+    stride: Ints
+
+
+def weight_groups(plans: PlanArrays, work: RankWork) -> tuple[WeightGroup, ...]:
+    """Dense weights, and experts where the model has any."""
+    column = (slice(None), None)
+    shards, replicas = plans.shards[column], plans.replicas[column]
+    dense = WeightGroup(
+        parameters=work.parameters - work.experts, shards=shards, replicas=replicas, stride=plans.tp[column]
+    )
+    if not work.experts.any():
+        return (dense,)
+    ranks = plans.expert_ranks[column]
+    # Replicas around sharded groups stay what they are; a group of experts has fewer shards.
+    expert_shards = np.where(shards > 1, np.maximum(ranks // np.maximum(replicas, 1), 1), 1)
+    experts = WeightGroup(
+        parameters=work.experts,
+        shards=expert_shards,
+        replicas=np.maximum(ranks // expert_shards, 1),
+        stride=(plans.ep * plans.etp)[column],
+    )
+    return dense, experts
 
 
 def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, num_microbatches: Floats) -> Floats:
@@ -23,49 +64,64 @@ def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, n
     sharded groups add an all_reduce of the shard. Context parallel ranks have equal weights and unlike gradients: they
     count as data parallel ranks here.
     """
-    column = (slice(None), None)
-    replicas, shards, zero = plans.replicas[column], plans.shards[column], plans.zero[column]
-    gradient = work.parameters * setting.reduce_bytes
-    stride = plans.tp[column]
-    replicated = _replicated(setting, plans, work, gradient, stride)
-    groups = np.maximum(work.num_groups, 1.0)
-    weights = work.parameters * setting.weight_bytes
-    gather = groups * _seconds(setting, "all_gather", shards, stride, weights / groups)
-    scatter = groups * _seconds(setting, "reduce_scatter", shards, stride, gradient / groups)
-    shard = gradient / np.maximum(shards, 1)
-    reduce_shard = groups * _seconds(setting, "all_reduce", replicas, stride * shards, shard / groups)
-    repeated = setting.stack.accumulates_sharded & (zero >= 2)
-    scatters = np.where(repeated, num_microbatches[column], 1.0)
-    gathers = gathers_per_step(plans, num_microbatches)
-    waiting = groups * (gathers + scatters) * setting.collective_wait
-    communication = gathers * gather + scatters * scatter + reduce_shard + waiting
+    stack, groups = setting.stack, weight_groups(plans, work)
+    zero = plans.zero[:, None]
+    replicated = sum((_replicated(setting, plans, work, group) for group in groups), np.zeros_like(work.parameters))
+    gathered, communication = _sharded(setting, plans, work, num_microbatches, groups)
     window = _window(plans, work, num_microbatches)
-    stack = setting.stack
     if setting.cluster.link_uses_host:
         exposed: Any = communication
     else:
-        exposed = exposed_seconds(communication, window, hidden=stack.shard_hidden, leak=stack.shard_leak)
-    exposed = np.where(shards > 1, exposed, 0.0)
-    if stack.serial_stages:
+        exposed = exposed_seconds(communication, window, hidden=stack.data.shard_hidden, leak=stack.data.shard_leak)
+    exposed = exposed + np.where(zero < 3, plans.shards[:, None] * stack.data.owner_seconds, 0.0)
+    exposed = np.where(plans.shards[:, None] > 1, exposed, 0.0)
+    if stack.pipeline.serial_stages:
         # Every stage gathers before its first forward, for which the next stage waits.
         share = exposed / np.maximum(communication, 1e-30)
-        exposed = exposed + np.cumsum(share * gather, axis=1)[:, -1:] - share * gather
+        exposed = exposed + np.cumsum(share * gathered, axis=1)[:, -1:] - share * gathered
         # A stage reduces within its last backward, for which the stage before waits.
         replicated = np.cumsum(replicated[:, ::-1], axis=1)[:, ::-1]
     return np.asarray(np.where(zero == 0, replicated, exposed))
 
 
-def _replicated(setting: Setting, plans: PlanArrays, work: RankWork, gradient: Floats, stride: Any) -> Any:
-    stack = setting.stack
-    ranks = plans.replicas[:, None]
-    buckets = 1.0 + np.ceil(np.maximum(gradient - stack.first_bucket_bytes, 0.0) / stack.bucket_bytes)
-    communication = buckets * _seconds(setting, "all_reduce", ranks, stride, gradient / buckets)
-    if not stack.bucketed_overlap or setting.cluster.link_uses_host:
+def _sharded(
+    setting: Setting, plans: PlanArrays, work: RankWork, num_microbatches: Floats, groups: tuple[WeightGroup, ...]
+) -> tuple[Floats, Floats]:
+    """(seconds of gathering all weights once, seconds of all sharded communication of a step)."""
+    zero, m = plans.zero[:, None], num_microbatches[:, None]
+    repeated = setting.stack.data.accumulates_sharded & (zero >= 2)
+    scatters = np.where(repeated, m, 1.0)
+    gathers = gathers_per_step(plans, num_microbatches)
+    pieces = np.maximum(work.num_groups, 1.0)
+    gathered, communication = np.zeros_like(work.parameters), np.zeros_like(work.parameters)
+    for group in groups:
+        gradient = group.parameters * setting.reduce_bytes
+        weights = group.parameters * setting.gather_bytes
+        gather = pieces * _seconds(setting, "all_gather", group.shards, group.stride, weights / pieces)
+        scatter = pieces * _seconds(setting, "reduce_scatter", group.shards, group.stride, gradient / pieces)
+        shard = gradient / np.maximum(group.shards, 1)
+        stride = group.stride * group.shards
+        reduce_shard = pieces * _seconds(setting, "all_reduce", group.replicas, stride, shard / pieces)
+        waiting = pieces * (gathers + scatters) * setting.collective_wait
+        gathered = gathered + gather
+        communication = communication + gathers * gather + scatters * scatter + reduce_shard + waiting
+    return gathered, communication
+
+
+def _replicated(setting: Setting, plans: PlanArrays, work: RankWork, group: WeightGroup) -> Any:
+    habits = setting.stack.data
+    gradient = group.parameters * setting.reduce_bytes
+    buckets = 1.0 + np.ceil(np.maximum(gradient - habits.first_bucket_bytes, 0.0) / habits.bucket_bytes)
+    communication = buckets * _seconds(setting, "all_reduce", group.replicas, group.stride, gradient / buckets)
+    if not habits.bucketed_overlap or setting.cluster.link_uses_host:
         return communication
     tail: Floats = bucketed_tail_seconds(
-        communication, work.backward_seconds, gradient, stack.first_bucket_bytes, stack.bucket_bytes
+        communication, work.backward_seconds, gradient, habits.first_bucket_bytes, habits.bucket_bytes
     )
-    return tail
+    overlapped = tail + habits.replicated_leak * (communication - tail)
+    if habits.overlap_single_stage:
+        return np.where(plans.pp[:, None] > 1, communication, overlapped)
+    return overlapped
 
 
 def _window(plans: PlanArrays, work: RankWork, num_microbatches: Floats) -> Floats:
@@ -89,11 +145,11 @@ def copy_seconds(setting: Setting, plans: PlanArrays, work: RankWork, num_microb
     Buckets of replicated gradients are written and divided by the ranks: four passes over them. Gathered weights are
     copied out and gradients to scatter copied in: two passes each.
     """
-    if not setting.stack.copies_buffers:
+    if not setting.stack.data.copies_buffers:
         return np.zeros_like(work.parameters)
     zero, many = plans.zero[:, None], (plans.dp * plans.cp)[:, None] > 1
     gradient = work.parameters * setting.reduce_bytes
-    weights = work.parameters * setting.weight_bytes
+    weights = work.parameters * setting.gather_bytes
     sharded = 2 * gathers_per_step(plans, num_microbatches) * weights + 2 * gradient
     moved = np.where(many, np.where(zero == 0, 4 * gradient, np.where(plans.shards[:, None] > 1, sharded, 0.0)), 0.0)
     seconds: Floats = np.asarray(stream_seconds(setting.cluster.device, moved, "elementwise", ops=0.0))

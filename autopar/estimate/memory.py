@@ -1,8 +1,9 @@
 """Bytes that each pipeline rank holds at its peak, by item, arrays [plans, ranks].
 
-The peak of a step is one of two moments. At the first backward of the last microbatch to arrive all activations in
+The peak of a step is one of three moments. At the first backward of the last microbatch to arrive all activations in
 flight are held, and the gradients only if an earlier backward has made them or their buffers stay. At the end of the
-last backward the gradients are whole and one microbatch's activations are gone.
+last backward the gradients are whole and one microbatch's activations are gone. While the optimizer steps, some
+engines hold copies of what they update.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.estimate.arrays import PlanArrays
+from autopar.estimate.dataparallel import weight_groups
 from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
 from autopar.estimate.stages import RankWork
 from costmodels.memory import optimizer_bytes_per_parameter, sharded
 from costmodels.pipeline import in_flight
 
-ITEMS = ("parameters", "gradients", "optimizer", "activations", "working", "buffers", "reserve")
+ITEMS = ("parameters", "gradients", "optimizer", "activations", "working", "buffers", "fragmentation", "reserve")
+OUTSIDE_ALLOCATED = ("fragmentation", "reserve")
+"""Items that an allocator does not count as allocated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +35,7 @@ class RankMemory:
     activations: Floats
     working: Floats
     buffers: Floats
+    fragmentation: Floats
     reserve: Floats
 
     @property
@@ -47,35 +52,50 @@ def rank_memory(
     zero, shards, m = plans.zero[column], plans.shards[column], num_microbatches[column]
     flight = _in_flight(plans, work, m)
     weights = work.parameters * setting.weight_bytes
-    parameters = sharded(weights, zero, 3, shards)
+    groups = weight_groups(plans, work)
+
+    def held(per_weight: float, from_stage: int) -> Floats:
+        parts = [sharded(group.parameters * per_weight, zero, from_stage, group.shards) for group in groups]
+        return np.asarray(sum(parts[1:], parts[0]))
+
+    whole_weights = stack.data.shards_fp32 & (zero == 3) & (shards > 1) & (setting.weight_bytes < 4)
+    parameters = np.where(whole_weights, held(4.0, 3), held(setting.weight_bytes, 3))
     # FSDP2 keeps the shards beside what it gathers; ZeRO-2 with gathered weights until the last backward.
-    shard_beside = np.where((zero == 2) & (shards > 1) & ~np.asarray(stack.persistent_gradients), weights / shards, 0.0)
+    shard_beside = np.where((zero == 2) & (shards > 1) & ~np.asarray(stack.data.persistent_gradients), weights / shards, 0.0)
     unsharded = work.parameters * setting.gradient_bytes
     # Without a scatter per microbatch, gradients add up whole until the last one.
-    adds_up_whole = (zero >= 2) & (m > 1) & ~np.asarray(stack.accumulates_sharded)
-    gradients = np.where(adds_up_whole, unsharded, sharded(unsharded, zero, 2, shards))
-    state = optimizer_bytes_per_parameter(setting.workload.optimizer.value, setting.weight_bytes, stack.master_weights)
-    optimizer = sharded(work.parameters * state, zero, 1, shards)
-    in_buckets = (zero == 0) & (plans.replicas[column] > 1) & ~np.asarray(stack.persistent_gradients)
+    adds_up_whole = (zero >= 2) & (m > 1) & ~np.asarray(stack.data.accumulates_sharded)
+    gradients = np.where(adds_up_whole, unsharded, held(setting.gradient_bytes, 2))
+    state = optimizer_bytes_per_parameter(setting.workload.optimizer.value, setting.weight_bytes, stack.data.master_weights)
+    master = 4.0 if stack.data.master_weights else 0.0
+    optimizer = np.where(whole_weights, held(state - master, 1), held(state, 1))
+    in_buckets = (zero == 0) & (plans.replicas[column] > 1) & ~np.asarray(stack.data.persistent_gradients)
     buckets = np.where(in_buckets, gradients, 0.0)
 
-    early = (m > flight) | stack.persistent_gradients
+    early = (m > flight) | stack.data.persistent_gradients
     full = work.kept * flight + work.block_kept
     late = work.kept * np.maximum(flight - 1, 0.0)
     gradient_of_largest = work.largest * setting.gradient_bytes
     # Unsharded gradients of a sharded block wait for their scatter.
     waiting = np.where((zero >= 2) & (shards > 1), work.block_parameters * setting.gradient_bytes, 0.0)
     whole = np.where(in_buckets & (m == 1), 0.0, gradients)
-    adds = (m > 1) & ~np.asarray(stack.fused_accumulation)
+    adds = (m > 1) & ~np.asarray(stack.kernels.fused_accumulation)
     temporary = np.where(adds, work.working_adding, work.working)
+    if stack.memory.working == "boundary":
+        temporary = _boundary_working(plans, boundary) + stack.memory.block_share * work.block_activations
     at_start = np.where(early, whole, 0.0) + full + temporary
     at_end = whole + late + gradient_of_largest + waiting
     first = at_start >= at_end
     buffers = buckets + shard_beside + _gathered_bytes(setting, plans, work) + np.where(first, 0.0, waiting)
     buffers = buffers + _pipeline_bytes(setting, plans, flight, m, boundary)
+    buffers = buffers + stack.memory.workspace_bytes + stack.memory.vocab_bytes * work.vocabulary
     used_gradients = np.where(first & ~early, 0.0, whole)
     activations = np.where(first, full, late)
     working = np.where(first, temporary, gradient_of_largest)
+    stepping = held(stack.memory.step_bytes, 1) + whole
+    steps = stepping > used_gradients + activations + working
+    used_gradients = np.where(steps, whole, used_gradients)
+    activations, working = np.where(steps, 0.0, activations), np.where(steps, stepping - whole, working)
     used = parameters + used_gradients + optimizer + activations + working + buffers
     return RankMemory(
         parameters=parameters,
@@ -84,8 +104,15 @@ def rank_memory(
         activations=activations,
         working=working,
         buffers=buffers,
-        reserve=stack.reserve_bytes + stack.fragmentation * used,
+        fragmentation=stack.memory.fragmentation * used,
+        reserve=np.full_like(used, stack.memory.reserve_bytes),
     )
+
+
+def _boundary_working(plans: PlanArrays, boundary: Floats) -> Floats:
+    """Two whole activations where tensor parallel ranks gather them, two local ones where a pipeline sends them."""
+    whole = boundary * np.where(plans.sp, plans.tp, 1)
+    return np.asarray(np.where(plans.tp > 1, 2 * whole, 0.0) + np.where(plans.pp > 1, 2 * boundary, 0.0))[:, None]
 
 
 def _in_flight(plans: PlanArrays, work: RankWork, m: Floats) -> Floats:
@@ -95,7 +122,7 @@ def _in_flight(plans: PlanArrays, work: RankWork, m: Floats) -> Floats:
 
 def _gathered_bytes(setting: Setting, plans: PlanArrays, work: RankWork) -> Floats:
     """Gathered weights of the blocks that ZeRO-3 computes and fetches; ZeRO-2 counts them as parameters."""
-    block = work.block_parameters * setting.weight_bytes * setting.stack.gathered_blocks
+    block = work.block_parameters * setting.weight_bytes * setting.stack.data.gathered_blocks
     return np.where((plans.shards[:, None] > 1) & (plans.zero[:, None] == 3), block, 0.0)
 
 
@@ -110,4 +137,4 @@ def _pipeline_bytes(setting: Setting, plans: PlanArrays, flight: Floats, m: Floa
     received = m * (2 * vp - first - last)
     results = flight * (vp - last)
     used = np.where(pp > 1, (received + results) * boundary[:, None], 0.0)
-    return used if setting.stack.pipeline_buffers else np.zeros_like(used)
+    return used if setting.stack.pipeline.buffers else np.zeros_like(used)

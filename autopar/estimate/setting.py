@@ -26,6 +26,10 @@ class Setting:
     cluster: Cluster
     stack: Stack
 
+    def __hash__(self) -> int:
+        """By identity: a setting is given once, and what is priced under it is kept."""
+        return id(self)
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of a weight."""
@@ -34,12 +38,17 @@ class Setting:
     @property
     def gradient_bytes(self) -> float:
         """Bytes of a kept gradient element."""
-        return 4.0 if self.weight_bytes == 4 else self.stack.gradient_bytes
+        return 4.0 if self.weight_bytes == 4 else self.stack.data.gradient_bytes
 
     @property
     def reduce_bytes(self) -> float:
         """Bytes of a gradient element while it is reduced over data parallel ranks."""
-        return 4.0 if self.weight_bytes == 4 else self.stack.reduce_bytes
+        return 4.0 if self.weight_bytes == 4 else self.stack.data.reduce_bytes
+
+    @property
+    def gather_bytes(self) -> float:
+        """Bytes of a weight element while it is gathered over data parallel ranks."""
+        return self.stack.data.gather_bytes or self.weight_bytes
 
     @property
     def collective_wait(self) -> float:

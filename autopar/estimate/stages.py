@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.estimate.arrays import RECOMPUTE_CODES, Ints, PlanArrays
+from autopar.estimate.arrays import RECOMPUTE_CODES, Ints, PlanArrays, modules_mask
 from autopar.estimate.pieces import Floats, Prices, Section
-from autopar.plan import Recompute, even_split
+from autopar.plan import DEFAULT_MODULES, Recompute, even_split
 from costmodels.stack import Stack
 
 
@@ -19,9 +19,10 @@ from costmodels.stack import Stack
 class RankWork:
     """What each pipeline rank does per microbatch (all its virtual stages), arrays [plans, ranks].
 
-    Seconds of compute and of communication in forward and backward, recomputation apart; bytes kept per microbatch
-    by the plan's recompute setting; temporary bytes; weights on a tensor parallel rank; groups of weights that are
-    sharded together (each block, and the rest).
+    Seconds of compute and of communication in forward and backward, recomputation apart; ``stall`` are the seconds
+    that the device waits for launches; bytes kept per microbatch by the plan's recompute setting; temporary bytes;
+    weights on a tensor parallel rank (``experts`` among them); groups of weights that are sharded together (each
+    block, and the rest).
     """
 
     forward: Floats
@@ -29,13 +30,18 @@ class RankWork:
     recompute: Floats
     tensor: Floats
     context: Floats
+    expert: Floats
     forward_communication: Floats
     backward_communication: Floats
+    stall: Floats
     kept: Floats
     block_kept: Floats
+    block_activations: Floats
     working: Floats
     working_adding: Floats
     parameters: Floats
+    experts: Floats
+    vocabulary: Floats
     block_parameters: Floats
     largest: Floats
     num_parameters: Floats
@@ -45,12 +51,17 @@ class RankWork:
     def pass_seconds(self) -> Floats:
         """Forward and backward of one microbatch, communication included."""
         compute = self.forward + self.backward + self.recompute
-        return compute + self.forward_communication + self.backward_communication
+        return compute + self.forward_communication + self.backward_communication + self.stall
+
+    @property
+    def forward_seconds(self) -> Floats:
+        """Forward of one microbatch, communication and its share of waiting for launches included."""
+        return self.forward + self.forward_communication + self.stall / 3
 
     @property
     def backward_seconds(self) -> Floats:
         """Backward of one microbatch, recomputation and communication included."""
-        return self.backward + self.recompute + self.backward_communication
+        return self.backward + self.recompute + self.backward_communication + self.stall * (2 / 3)
 
 
 def stage_groups(plans: PlanArrays) -> list[tuple[int, int, tuple[int, ...], Ints]]:
@@ -67,9 +78,22 @@ def stage_groups(plans: PlanArrays) -> list[tuple[int, int, tuple[int, ...], Int
     return [(*key, np.asarray(indices)) for key, indices in groups.items()]
 
 
-def section_counts(parts: Sequence[Section], num_blocks: int, pp: int, vp: int, blocks: tuple[int, ...]) -> Floats:
-    """How many pieces of each section every pipeline rank holds, [ranks, sections]."""
-    split = blocks or even_split(num_blocks, pp * vp)
+def engine_split(num_blocks: int, num_stages: int, stack: Stack) -> tuple[int, ...]:
+    """Blocks of each virtual stage as the engine divides them where the plan does not say."""
+    if not stack.pipeline.balanced_ends or num_stages < 2:
+        return even_split(num_blocks, num_stages)
+    first, *middle, last = even_split(num_blocks + 2, num_stages)
+    return (first - 1, *middle, last - 1)
+
+
+def section_counts(
+    parts: Sequence[Section], num_blocks: int, pp: int, vp: int, blocks: tuple[int, ...], stack: Stack
+) -> Floats:
+    """How many pieces of each section every pipeline rank holds, [ranks, sections].
+
+    Virtual stages lie on the ranks in turn.
+    """
+    split = blocks or engine_split(num_blocks, pp * vp, stack)
     stage_of_block = np.repeat(np.arange(pp * vp), split)
     counts = np.zeros((pp, len(parts)))
     for column, part in enumerate(parts):
@@ -79,7 +103,9 @@ def section_counts(parts: Sequence[Section], num_blocks: int, pp: int, vp: int, 
     return counts
 
 
-def rank_work(prices: Prices, rows: Ints, counts: Floats, is_block: NDArray[np.bool_], recompute: Ints) -> RankWork:
+def rank_work(
+    prices: Prices, rows: Ints, counts: Floats, is_block: NDArray[np.bool_], plans: PlanArrays, stack: Stack
+) -> RankWork:
     """Add up pieces: ``rows`` are the plans' combinations, ``counts`` [ranks, sections] what each rank holds."""
 
     def total(quantity: Floats, held: Floats = counts) -> Floats:
@@ -89,41 +115,45 @@ def rank_work(prices: Prices, rows: Ints, counts: Floats, is_block: NDArray[np.b
             found += quantity[rows, section][:, None] * number
         return found
 
-    full = (recompute == RECOMPUTE_CODES.index(Recompute.FULL))[:, None]
-    selective = (recompute == RECOMPUTE_CODES.index(Recompute.SELECTIVE))[:, None]
-    blocks_only = counts * is_block
-    again = total(prices.forward, blocks_only)
-    again_attention = total(prices.attention_forward, blocks_only)
-    again_communication = total(prices.tensor_forward + prices.context_forward, blocks_only)
-    tensor_again = total(prices.tensor_forward, blocks_only)
-    tensor = total(prices.tensor_forward) + total(prices.tensor_backward) + np.where(full, tensor_again, 0.0)
-    forward_communication = total(prices.tensor_forward) + total(prices.context_forward)
-    backward_communication = (
-        total(prices.tensor_backward) + total(prices.context_backward) + np.where(full, again_communication, 0.0)
-    )
-    present = counts > 0
-
     def largest(quantity: Floats) -> Floats:
         found: Floats = np.max(np.where(present[None, :, :], quantity[rows][:, None, :], 0.0), axis=2)
         return found
 
-    kept = np.where(
-        full, total(prices.kept_full), np.where(selective, total(prices.kept_selective), total(prices.kept))
+    present = counts > 0
+    blocks_only = counts * is_block
+    again = _again(prices, rows, blocks_only, plans, total)
+    forward_communication = (
+        total(prices.tensor_forward) + total(prices.context_forward) + total(prices.expert_forward)
     )
+    backward_communication = (
+        total(prices.tensor_backward) + total(prices.context_backward) + total(prices.expert_backward)
+    ) + again.communication
+    tensor = total(prices.tensor_forward) + total(prices.tensor_backward) + again.tensor
+    expert = total(prices.expert_forward) + total(prices.expert_backward) + again.expert
+    forward, backward = total(prices.forward), total(prices.backward)
+    device = forward + backward + again.seconds + forward_communication + backward_communication
+    launches = 3 * total(prices.calls) + again.calls
     return RankWork(
-        forward=total(prices.forward),
-        backward=total(prices.backward),
-        recompute=np.where(full, again, np.where(selective, again_attention, 0.0)),
+        forward=forward,
+        backward=backward,
+        recompute=again.seconds,
         tensor=tensor,
-        context=forward_communication + backward_communication - tensor,
+        context=forward_communication + backward_communication - tensor - expert,
+        expert=expert,
         forward_communication=forward_communication,
         backward_communication=backward_communication,
-        kept=kept,
-        block_kept=np.where(full, largest(prices.kept * is_block), 0.0),
+        stall=launch_stall_seconds(
+            device, launches * stack.host.launch_seconds * (1 - stack.host.graphed), stack.host.exponent
+        ),
+        kept=total(prices.kept) - again.freed,
+        block_kept=np.where(again.full, largest(prices.kept * is_block), 0.0),
+        block_activations=largest(prices.kept * is_block),
         working=largest(prices.working),
         working_adding=largest(prices.working_adding),
         # A shared weight that lies on another pipeline rank than its owner is a second copy.
         parameters=total(prices.parameters) + (total(prices.shared) if len(counts) > 1 else 0.0),
+        experts=total(prices.experts),
+        vocabulary=total(prices.vocabulary),
         block_parameters=largest(prices.parameters * is_block),
         largest=largest(prices.largest),
         num_parameters=total(prices.num_parameters),
@@ -131,6 +161,66 @@ def rank_work(prices: Prices, rows: Ints, counts: Floats, is_block: NDArray[np.b
             blocks_only.sum(axis=1) + ((counts - blocks_only).sum(axis=1) > 0), (len(rows), len(counts))
         ),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Again:
+    """What recomputation costs and frees, [plans, ranks]; ``full`` says whose blocks are recomputed whole."""
+
+    seconds: Floats
+    calls: Floats
+    tensor: Floats
+    expert: Floats
+    communication: Floats
+    freed: Floats
+    full: NDArray[np.bool_]
+
+
+def _again(
+    prices: Prices, rows: Ints, blocks: Floats, plans: PlanArrays, total: Callable[[Floats, Floats], Floats]
+) -> _Again:
+    full = (plans.recompute == RECOMPUTE_CODES.index(Recompute.FULL))[:, None]
+    selective = (plans.recompute == RECOMPUTE_CODES.index(Recompute.SELECTIVE))[:, None]
+    held = np.maximum(blocks.sum(axis=1), 1.0)[None, :]
+    layers, vp = plans.recompute_layers[:, None], plans.vp[:, None]
+    share = np.where(layers > 0, np.minimum(layers * vp / held, 1.0), 1.0)
+    share = np.where(full, share, 0.0)
+
+    seconds, calls, freed = (np.zeros((len(rows), len(blocks))) for _ in range(3))
+    if selective.any():
+        chosen = np.where(plans.modules > 0, plans.modules, modules_mask(DEFAULT_MODULES))
+        for module in range(prices.again.shape[2]):
+            hit = selective & ((chosen >> module) & 1)[:, None].astype(np.bool_)
+            if hit.any():
+                seconds += np.where(hit, total(prices.again[:, :, module], blocks), 0.0)
+                calls += np.where(hit, total(prices.again_calls[:, :, module], blocks), 0.0)
+                freed += np.where(hit, total(prices.freed[:, :, module], blocks), 0.0)
+    seconds += share * total(prices.again_full, blocks)
+    calls += share * total(prices.calls, blocks)
+    freed += share * total(prices.kept - prices.kept_full, blocks)
+    tensor = share * total(prices.again_tensor, blocks)
+    expert = share * total(prices.expert_forward, blocks)
+    context = share * total(prices.context_forward, blocks)
+    return _Again(
+        seconds=seconds,
+        calls=calls,
+        tensor=tensor,
+        expert=expert,
+        communication=tensor + expert + context,
+        freed=freed,
+        full=full,
+    )
+
+
+def launch_stall_seconds(device: Floats, host: Floats, exponent: float) -> Floats:
+    """Seconds that a pass takes beyond the device's own: (d^q + h^q)^(1/q) - d.
+
+    q = 1 adds launches to kernels (each waits for the one before), a large q hides the shorter behind the longer.
+    Source: single-node runs of small models, where q between 3 and 4 fits (q = 2 and 12 are worse).
+    """
+    longer = np.maximum(np.maximum(device, host), 1e-30)
+    joint = longer * ((device / longer) ** exponent + (host / longer) ** exponent) ** (1 / exponent)
+    return np.asarray(np.where(host > 0, joint - device, 0.0))
 
 
 def with_overheads(work: RankWork, plans: PlanArrays, stack: Stack) -> RankWork:

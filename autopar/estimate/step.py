@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from autopar.estimate.arrays import PlanArrays
-from autopar.estimate.dataparallel import copy_seconds, exposed_data_parallel
+from autopar.estimate.dataparallel import copy_seconds, exposed_data_parallel, weight_groups
 from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
 from autopar.estimate.stages import RankWork
@@ -18,8 +18,9 @@ from costmodels.memory import optimizer_bytes_per_parameter, sharded
 from costmodels.pipeline import pipeline_seconds
 
 TERMS = (
-    "forward", "backward", "recompute", "tensor_parallel", "context_parallel", "pipeline_bubble", "pipeline_transfer",
-    "processor_sharing", "gradient_accumulation", "data_parallel", "optimizer",
+    "forward", "backward", "recompute", "tensor_parallel", "context_parallel", "expert_parallel", "launch_bound",
+    "pipeline_bubble", "pipeline_transfer", "processor_sharing", "gradient_accumulation", "data_parallel", "optimizer",
+    "step_overhead", "stragglers",
 )  # fmt: skip
 """Names of the parts of a step. They add up to it."""
 
@@ -33,9 +34,20 @@ class PipelineEnds:
 
 
 def transfer_seconds(setting: Setting, plans: PlanArrays, boundary: Floats) -> Floats:
-    """One transfer of ``boundary`` bytes between pipeline neighbours, [plans]."""
+    """One transfer of ``boundary`` bytes between pipeline neighbours, [plans].
+
+    Without sequence parallelism all tensor parallel ranks hold the same activation; a stack that scatters sends a part
+    from each and gathers the parts inside the receiving group (Narayanan et al. 2021, section 4.1).
+    """
     stride = plans.dp * plans.cp * plans.tp
-    seconds = collective_seconds(setting.cluster, "send", 2, stride, boundary, setting.stack.algorithms)
+    algorithms, habits = setting.stack.algorithms, setting.stack.pipeline
+    scatters = habits.scatters & (plans.tp > 1) & ~plans.sp
+    part = boundary / np.where(scatters, plans.tp, 1)
+    seconds = collective_seconds(setting.cluster, "send", 2, stride, part, algorithms)
+    if habits.scatters:
+        gather = collective_seconds(setting.cluster, "all_gather", plans.tp, 1, boundary, algorithms)
+        seconds = seconds + np.where(scatters, gather, 0.0)
+    seconds = seconds * np.where(plans.vp > 1, habits.interleaved_exposed, 1.0)
     return np.asarray(np.where(plans.pp > 1, seconds + setting.collective_wait, 0.0))
 
 
@@ -78,6 +90,8 @@ def step_terms(
         "recompute": m * of(work.recompute, slowest),
         "tensor_parallel": m * of(work.tensor, slowest),
         "context_parallel": m * of(work.context, slowest),
+        "expert_parallel": m * of(work.expert, slowest),
+        "launch_bound": m * of(work.stall, slowest),
     }
     moved = pipeline_seconds(0.0, 0.0, plans.pp, m, plans.vp, transfer, all_forward_first=plans.gpipe)
     finished, sharing = of(ends.ends, last), of(ends.sharing, last)
@@ -89,6 +103,11 @@ def step_terms(
     terms["gradient_accumulation"] = of(accumulate, last)
     terms["data_parallel"] = of(data, last)
     terms["optimizer"] = of(update, last)
+    host = setting.stack.host.step_seconds
+    terms["step_overhead"] = np.full_like(m, host)
+    doublings = np.log2(np.maximum(plans.world_size / setting.cluster.devices_per_node, 1.0))
+    together: Floats = sum(terms.values(), np.zeros_like(m))
+    terms["stragglers"] = setting.stack.straggler * doublings * together
     return {name: terms[name] for name in TERMS}
 
 
@@ -104,7 +123,7 @@ def _accumulation(setting: Setting, work: RankWork, num_microbatches: Floats) ->
     A product that accumulates in its epilogue saves one of the reads.
     """
     times = (num_microbatches - 1)[:, None]
-    moved = (2 if setting.stack.fused_accumulation else 3) * setting.gradient_bytes * work.parameters
+    moved = (2 if setting.stack.kernels.fused_accumulation else 3) * setting.gradient_bytes * work.parameters
     each: Floats = np.asarray(stream_seconds(setting.cluster.device, moved, "elementwise", ops=0.0))
     return times * each
 
@@ -112,8 +131,11 @@ def _accumulation(setting: Setting, work: RankWork, num_microbatches: Floats) ->
 def _update(setting: Setting, plans: PlanArrays, work: RankWork) -> Floats:
     """Optimizer step: state read and written, gradient read, weight written (and read, where it has no master copy)."""
     width, stack = setting.weight_bytes, setting.stack
-    state = optimizer_bytes_per_parameter(setting.workload.optimizer.value, width, stack.master_weights)
-    has_master = stack.master_weights and width < 4
+    state = optimizer_bytes_per_parameter(setting.workload.optimizer.value, width, stack.data.master_weights)
+    has_master = stack.data.master_weights and width < 4
     moved = 2 * state + setting.gradient_bytes + width * (1 if has_master else 2)
-    local = sharded(work.parameters * moved, plans.zero[:, None], 1, plans.shards[:, None])
+    moved = moved * stack.kernels.traffic.get("optimizer", 1.0)
+    zero = plans.zero[:, None]
+    parts = [sharded(group.parameters * moved, zero, 1, group.shards) for group in weight_groups(plans, work)]
+    local: Floats = sum(parts[1:], parts[0])
     return np.asarray(stream_seconds(setting.cluster.device, local, "optimizer", ops=1.0))

@@ -21,18 +21,19 @@ def stage_durations(setting: Setting, plan: Plan) -> dict[tuple[int, Direction],
     parts = sections(setting.graph)
     degrees, rows = combinations(plans)
     counts = section_counts(
-        parts, setting.graph.num_blocks, plan.num_stages, 1, plan.blocks_of_stages(setting.graph.num_blocks)
+        parts, setting.graph.num_blocks, plan.num_stages, 1, plan.stage_blocks, setting.stack
     )
     is_block = np.asarray([part.is_block(setting.graph) for part in parts])
-    work = rank_work(price(setting, degrees, parts), rows, counts, is_block, plans.recompute)
+    work = rank_work(price(setting, degrees, parts), rows, counts, is_block, plans, setting.stack)
     work = with_overheads(work, plans, setting.stack)
     durations = {}
     for stage in range(plan.num_stages):
         durations[stage, Direction.FORWARD] = Duration(
-            float(work.forward[0, stage]), float(work.forward_communication[0, stage])
+            float(work.forward[0, stage] + work.stall[0, stage] / 3), float(work.forward_communication[0, stage])
         )
         durations[stage, Direction.BACKWARD] = Duration(
-            float(work.backward[0, stage] + work.recompute[0, stage]), float(work.backward_communication[0, stage])
+            float(work.backward[0, stage] + work.recompute[0, stage] + work.stall[0, stage] * (2 / 3)),
+            float(work.backward_communication[0, stage]),
         )
     return durations
 

@@ -121,11 +121,11 @@ def num_buckets(sizes: Sequence[float], stack: Stack) -> int:
 
     Source: torch's compute_bucket_assignment_by_size; the first bucket is smaller.
     """
-    buckets, filled, limit = 0, 0.0, stack.first_bucket_bytes
+    buckets, filled, limit = 0, 0.0, stack.data.first_bucket_bytes
     for size in reversed(sizes):
         filled += size
         if filled >= limit:
-            buckets, filled, limit = buckets + 1, 0.0, stack.bucket_bytes
+            buckets, filled, limit = buckets + 1, 0.0, stack.data.bucket_bytes
     return buckets + (filled > 0)
 
 

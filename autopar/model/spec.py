@@ -24,8 +24,34 @@ class Position(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, 2024): queries, keys and values come from narrow latents.
+
+    Attributes:
+        q_rank: width of the query's latent; 0 means that queries come from the stream directly.
+        kv_rank: width of the latent of keys and values.
+        nope_size: width of a query's and key's head without positions.
+        rope_size: width of its rotary part; a token's key has one for all heads.
+        value_size: width of a value's head.
+    """
+
+    q_rank: int
+    kv_rank: int
+    nope_size: int
+    rope_size: int
+    value_size: int
+
+    def __post_init__(self) -> None:
+        for field in ("kv_rank", "nope_size", "rope_size", "value_size"):
+            if getattr(self, field) < 1:
+                raise InputError(f"latent attention: {field} is {getattr(self, field)}; it must be at least 1")
+        if self.q_rank < 0:
+            raise InputError(f"latent attention: q_rank is {self.q_rank}; it is 0 (no latent of queries) or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
-    """Numbers of a dense transformer (decoder or encoder), enough to build its OpGraph.
+    """Numbers of a transformer (decoder or encoder, dense or mixture of experts), enough to build its OpGraph.
 
     Attributes:
         num_layers: transformer blocks.
@@ -43,6 +69,16 @@ class ModelSpec:
         tied_embeddings: the LM head shares the embedding's weights.
         causal: a token sees only earlier ones.
         fused_qkv: query, key and value are one product.
+        num_experts: routed experts of a mixture-of-experts block; 0 for a dense model.
+        top_k: experts that a token is sent to.
+        expert_ffn_size: inner width of one routed expert.
+        shared_ffn_size: inner width of the expert that every token passes (all shared ones together); 0 for none.
+        dense_layers: first blocks that have a dense feed-forward part instead of experts.
+        latent: latent attention instead of separate query, key and value products.
+        mtp_layers: extra blocks that predict tokens further ahead (multi-token prediction).
+        window: tokens that a token sees in every second block, the first among them; 0 for all.
+        qk_norm: queries and keys are normalised per head.
+        dropout: attention probabilities and the results of attention and feed-forward are dropped in training.
     """
 
     name: str
@@ -61,6 +97,16 @@ class ModelSpec:
     tied_embeddings: bool = False
     causal: bool = True
     fused_qkv: bool = True
+    num_experts: int = 0
+    top_k: int = 0
+    expert_ffn_size: int = 0
+    shared_ffn_size: int = 0
+    dense_layers: int = 0
+    latent: Latent | None = None
+    mtp_layers: int = 0
+    window: int = 0
+    qk_norm: bool = False
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         for field in (
@@ -85,3 +131,34 @@ class ModelSpec:
             raise InputError(
                 f"model {self.name}: num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
             )
+        for field in (
+            "num_experts",
+            "top_k",
+            "expert_ffn_size",
+            "shared_ffn_size",
+            "dense_layers",
+            "mtp_layers",
+            "window",
+        ):
+            if getattr(self, field) < 0:
+                raise InputError(f"model {self.name}: {field} is {getattr(self, field)}; it must be 0 or more")
+        if self.num_experts:
+            self._check_experts()
+        elif self.top_k or self.expert_ffn_size or self.shared_ffn_size:
+            raise InputError(f"model {self.name}: it describes experts, but num_experts is 0")
+
+    def _check_experts(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise InputError(
+                f"model {self.name}: top_k={self.top_k} of {self.num_experts} experts: use 1 or more of them"
+            )
+        if self.expert_ffn_size < 1:
+            raise InputError(f"model {self.name}: expert_ffn_size is {self.expert_ffn_size}; it must be at least 1")
+        if self.dense_layers > self.num_layers:
+            raise InputError(f"model {self.name}: dense_layers={self.dense_layers} of {self.num_layers} blocks")
+
+    @property
+    def beyond_dense(self) -> tuple[str, ...]:
+        """Names of the fields that make this more than a plain dense transformer; empty for one."""
+        fields = ("num_experts", "latent", "mtp_layers", "window", "qk_norm", "dropout")
+        return tuple(field for field in fields if getattr(self, field))

@@ -208,7 +208,15 @@ def build(spec: ModelSpec, seed: int = 0) -> Transformer:
     Every parameter is drawn from its own generator, seeded by ``seed`` and the parameter's name: the values depend
     on nothing else. Weights are normal with standard deviation 0.02 (those that write to the stream 0.02 /
     sqrt(2 num_layers), as GPT-2), norms are one, biases zero. On the meta device nothing is drawn.
+
+    Raises:
+        InputError: the spec has what this module does not (experts, latent attention, ...).
     """
+    if spec.beyond_dense:
+        raise InputError(
+            f"model {spec.name}: the module that is built here is a plain dense transformer, without "
+            f"{', '.join(spec.beyond_dense)}; it can be planned but not run"
+        )
     model = Transformer(spec)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -12,12 +12,16 @@ TERM_LABELS = {
     "recompute": "recomputation",
     "tensor_parallel": "tensor parallel",
     "context_parallel": "context parallel",
+    "expert_parallel": "expert parallel",
+    "launch_bound": "kernel launches",
     "pipeline_bubble": "pipeline bubble",
     "pipeline_transfer": "pipeline transfers",
     "processor_sharing": "shared processors",
     "gradient_accumulation": "gradient accumulation",
     "data_parallel": "data parallel",
     "optimizer": "optimizer",
+    "step_overhead": "overhead of a step",
+    "stragglers": "stragglers",
 }
 
 MEMORY_LABELS = {
@@ -27,6 +31,7 @@ MEMORY_LABELS = {
     "activations": "activations",
     "working": "working tensors",
     "buffers": "gathered parameters",
+    "fragmentation": "fragmentation",
     "reserve": "reserve",
 }
 

@@ -34,12 +34,16 @@ TERM_COLORS = {
     "recompute": "#1fa79a",
     "tensor_parallel": "#d55e00",
     "context_parallel": "#8f2d56",
+    "expert_parallel": "#b5651d",
+    "launch_bound": "#9a86c8",
     "pipeline_bubble": "#d3d6db",
     "pipeline_transfer": "#f0a830",
     "processor_sharing": "#6f7783",
     "gradient_accumulation": "#d3e07a",
     "data_parallel": "#f08cc0",
     "optimizer": "#23814c",
+    "step_overhead": "#4a4f57",
+    "stragglers": "#a8b0ba",
 }
 
 MEMORY_COLORS = {
@@ -49,6 +53,7 @@ MEMORY_COLORS = {
     "activations": "#8cc4f0",
     "working": "#35b5a6",
     "buffers": "#c2187f",
+    "fragmentation": "#a3abb6",
     "reserve": "#c9ced5",
 }
 

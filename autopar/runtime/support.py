@@ -11,6 +11,8 @@ from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, Recompute, Rejected, ScheduleName
 from autopar.workload import Precision, Workload
 
+SCHEDULES = (ScheduleName.GPIPE, ScheduleName.ONE_F_ONE_B, ScheduleName.INTERLEAVED)
+
 
 def unsupported(plan: Plan, spec: ModelSpec | None = None, num_microbatches: int | None = None) -> tuple[Rejected, ...]:
     """Every reason why this executor cannot run a plan, each with what to use instead; empty if it can.
@@ -40,6 +42,8 @@ def unsupported_workload(workload: Workload) -> tuple[Rejected, ...]:
     """Reasons why this executor cannot train a workload under any plan."""
     if workload.precision is Precision.FP16:
         return (_reject("precision", "fp16 needs loss scaling, which this executor does not have: use bf16 or fp32"),)
+    if workload.precision is not workload.precision.base:
+        return (_reject("precision", f"{workload.precision} products are not supported: use bf16 or fp32"),)
     return ()
 
 
@@ -68,6 +72,16 @@ def _unsupported_layout(plan: Plan) -> list[Rejected]:
                 vp=layout.vp, dp=layout.dp,
             )
         )  # fmt: skip
+    if plan.recompute_layers:
+        found.append(_reject("recompute", f"ac-full{plan.recompute_layers} is not supported: use ac-full (all blocks)"))
+    for axis, degree in (("ep", layout.ep), ("etp", layout.etp)):
+        if degree > 1:
+            found.append(
+                _reject("expert parallel", f"{axis}={degree} is not supported: use {axis}=1", **{axis: degree})
+            )
+    if plan.schedule not in SCHEDULES:
+        names = ", ".join(SCHEDULES)
+        found.append(_reject("schedule", f"the {plan.schedule} schedule is not supported: use one of {names}"))
     if plan.schedule is ScheduleName.INTERLEAVED and layout.pp > 1 and layout.vp == 1:
         found.append(_reject("schedule", "the interleaved schedule needs vp>=2: use 1f1b with vp=1", vp=1))
     if plan.sequence_parallel and layout.tp == 1:
@@ -77,6 +91,9 @@ def _unsupported_layout(plan: Plan) -> list[Rejected]:
 
 def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
     layout, found = plan.layout, []
+    if spec.beyond_dense:
+        fields = ", ".join(spec.beyond_dense)
+        found.append(_reject("model", f"models with {fields} are not supported: use a plain dense transformer"))
     if layout.tp > 1 and spec.fused_qkv:
         found.append(
             _reject(

@@ -1,92 +1,106 @@
-"""A schedule is data: for every pipeline rank the actions that it takes, in order.
+"""A schedule is data: for every pipeline rank the actions that it takes, in order. Here they are made, by name.
 
-An action is written ``2F0``: virtual stage 2, forward, microbatch 0, as torch.distributed.pipelining writes it.
-Virtual stage i lives on rank i mod p. Sources: GPipe (Huang et al. 2019), 1F1B (Narayanan et al. 2019, 2021).
+All but the V-shaped ones follow one pattern: some forwards to warm up, then a backward and a forward in turn, then the
+backwards that are left. They differ in the order of virtual stages, in the number of forwards and in when gradients of
+weights are taken. Sources: GPipe (Huang et al. 2019); 1F1B and interleaving (Narayanan et al. 2019, 2021); zero bubble
+H1 and H2 (Qi et al. 2023). tests/schedule holds them against torch.distributed.pipelining's own.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from autopar.errors import PlanError
 from autopar.plan import ScheduleName
+from autopar.schedule.notation import Action, Direction, Schedule, Steps, dependencies, flat
+from autopar.schedule.v_shaped import dual_pipe_v, zero_bubble_v
+
+__all__ = ["Action", "Direction", "Schedule", "build_schedule", "build_steps", "dependencies", "group_size"]
+
+V_SHAPED = frozenset({ScheduleName.ZB_V, ScheduleName.DUALPIPE_V})
+"""Schedules whose second virtual stage runs up the ranks again: its last rank is the pipeline's first."""
 
 
-class Direction(StrEnum):
-    """Forward or backward of a microbatch."""
-
-    FORWARD = "F"
-    BACKWARD = "B"
-
-
-class Action(NamedTuple):
-    """One pass of one microbatch through one virtual stage."""
-
-    stage: int
-    direction: Direction
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}{self.direction}{self.microbatch}"
-
-
-Schedule = tuple[tuple[Action, ...], ...]
-
-
-def build_schedule(name: ScheduleName, num_ranks: int, num_microbatches: int, virtual: int = 1) -> Schedule:
+def build_schedule(
+    name: ScheduleName, num_ranks: int, num_microbatches: int, virtual: int = 1, group: int = 0
+) -> Schedule:
     """Actions of every rank.
 
+    Args:
+        name: which schedule. Interleaving with one virtual stage is 1F1B.
+        num_ranks: p >= 1.
+        num_microbatches: m >= 1; DualPipeV needs 2p.
+        virtual: virtual stages per rank; ZB-V and DualPipeV have two whatever is said.
+        group: microbatches that go through one virtual stage before the next has its turn; 0 means ``group_size``.
+
     Raises:
-        PlanError: interleaving needs a multiple of ``num_ranks`` microbatches.
+        PlanError: too few microbatches or ranks, or a schedule without virtual stages.
     """
-    if name is ScheduleName.INTERLEAVED and virtual > 1:
-        if num_microbatches % num_ranks:
-            raise PlanError(
-                f"the interleaved schedule takes a multiple of pp={num_ranks} microbatches, not {num_microbatches}"
-            )
-        return tuple(_interleaved(rank, num_ranks, num_microbatches, virtual) for rank in range(num_ranks))
+    return flat(build_steps(name, num_ranks, num_microbatches, virtual, group))
+
+
+def build_steps(name: ScheduleName, num_ranks: int, num_microbatches: int, virtual: int = 1, group: int = 0) -> Steps:
+    """As ``build_schedule``, with DualPipeV's forwards and backwards that run at once told apart as pairs."""
+    p, m, v = num_ranks, num_microbatches, virtual
+    if min(p, m, v) < 1:
+        raise PlanError(f"a schedule needs ranks, microbatches and virtual stages, not {p}, {m} and {v}")
+    if name is ScheduleName.DUALPIPE_V:
+        return dual_pipe_v(p, m)
+    if name is ScheduleName.ZB_V:
+        return zero_bubble_v(p, m)
+    if v > 1 and name not in (ScheduleName.INTERLEAVED, ScheduleName.ZB_H1):
+        raise PlanError(f"the {name} schedule has one virtual stage per rank, not {v}: use vp=1 or interleaved")
+    size = group or group_size(p, m)
+    return tuple(_alternating(name, rank, p, m, v, size) for rank in range(p))
+
+
+def group_size(num_ranks: int, num_microbatches: int) -> int:
+    """Microbatches that an interleaved schedule takes through one virtual stage before it turns to the next.
+
+    The smallest N >= p that leaves no group with fewer than p of m microbatches; m itself below p. It is p where p
+    divides m (Narayanan et al. 2021), m / floor(m/p) where that is whole (all that torch accepts), and else the least
+    of the sizes that Megatron accepts (``microbatch_group_size_per_vp_stage``: p <= N <= m, and a remainder of at least
+    p; Megatron's own default is p, and it refuses what p does not divide). So every number of microbatches can run.
+    """
+    p, m = num_ranks, num_microbatches
+    return next((size for size in range(p, m) if m % size == 0 or m % size >= p), m)
+
+
+def _warmup(name: ScheduleName, rank: int, p: int, m: int, v: int, size: int) -> tuple[int, int | None]:
+    """Forwards before the first backward, and by how many backwards those of weights lag (None: not apart)."""
+    left = p - 1 - rank
     if name is ScheduleName.GPIPE:
-        warmups = [num_microbatches] * num_ranks
-    else:
-        warmups = [min(num_microbatches, num_ranks - rank) for rank in range(num_ranks)]
-    return tuple(_one_stage(rank, warmup, num_microbatches) for rank, warmup in enumerate(warmups))
+        return m, None
+    if name is ScheduleName.ZB_H1:
+        return (v - 1) * size + left + 1, rank
+    if name is ScheduleName.ZB_H2:
+        return 2 * left + 1, 2 * rank
+    if name is ScheduleName.INTERLEAVED and v > 1:
+        return (v - 1) * size + 2 * left + 1, None
+    return left + 1, None
 
 
-def _one_stage(stage: int, warmup: int, num_microbatches: int) -> tuple[Action, ...]:
-    """``warmup`` forwards, then a backward and a forward in turn, then the backwards that are left."""
-    actions = [Action(stage, Direction.FORWARD, i) for i in range(warmup)]
-    for i in range(num_microbatches):
-        actions.append(Action(stage, Direction.BACKWARD, i))
-        if warmup + i < num_microbatches:
-            actions.append(Action(stage, Direction.FORWARD, warmup + i))
+def _alternating(name: ScheduleName, rank: int, p: int, m: int, v: int, size: int) -> tuple[Action, ...]:
+    forwards = _order(rank, p, m, range(v), size)
+    backwards = _order(rank, p, m, range(v - 1, -1, -1), size)
+    warmup, lag = _warmup(name, rank, p, m, v, size)
+    back = Direction.BACKWARD if lag is None else Direction.BACKWARD_INPUT
+    actions = [Action(stage, Direction.FORWARD, i) for stage, i in forwards[:warmup]]
+    for k, (stage, i) in enumerate(backwards):
+        actions.append(Action(stage, back, i))
+        if lag is not None and k >= lag:
+            late, j = backwards[k - lag]
+            actions.append(Action(late, Direction.BACKWARD_WEIGHT, j))
+        if warmup + k < len(forwards):
+            ahead, j = forwards[warmup + k]
+            actions.append(Action(ahead, Direction.FORWARD, j))
+    if lag:
+        actions += [Action(stage, Direction.BACKWARD_WEIGHT, i) for stage, i in backwards[max(m * v - lag, 0) :]]
     return tuple(actions)
 
 
-def _interleaved(rank: int, num_ranks: int, num_microbatches: int, virtual: int) -> tuple[Action, ...]:
-    total = num_microbatches * virtual
-
-    def step(k: int, forward: bool) -> Action:
-        # Microbatches go in groups of num_ranks through one virtual stage after the other.
-        group, within = divmod(k, num_ranks * virtual)
-        chunk, offset = divmod(within, num_ranks)
-        chunk = chunk if forward else virtual - 1 - chunk
-        direction = Direction.FORWARD if forward else Direction.BACKWARD
-        return Action(chunk * num_ranks + rank, direction, group * num_ranks + offset)
-
-    warmup = min(total, (virtual - 1) * num_ranks + 2 * (num_ranks - 1 - rank) + 1)
-    actions = [step(k, True) for k in range(warmup)]
-    for k in range(total):
-        actions.append(step(k, False))
-        if warmup + k < total:
-            actions.append(step(warmup + k, True))
-    return tuple(actions)
-
-
-def dependencies(action: Action, num_stages: int) -> tuple[Action, ...]:
-    """What must have finished first: the neighbour's pass, and for a backward its own forward."""
-    stage, direction, microbatch = action
-    if direction is Direction.FORWARD:
-        return (Action(stage - 1, direction, microbatch),) if stage else ()
-    own = Action(stage, Direction.FORWARD, microbatch)
-    return (own,) if stage == num_stages - 1 else (own, Action(stage + 1, direction, microbatch))
+def _order(rank: int, p: int, m: int, chunks: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Virtual stage and microbatch in the order in which a rank takes them: group after group, chunk after chunk."""
+    return [
+        (chunk * p + rank, i) for start in range(0, m, size) for chunk in chunks for i in range(start, min(start + size, m))
+    ]

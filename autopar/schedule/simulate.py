@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from autopar.schedule.actions import Action, Direction, Schedule, dependencies
+import numpy as np
+
+from autopar.errors import PlanError
+from autopar.schedule.notation import Action, Direction, Pair, Schedule, Steps, dependencies, flat, provides
+from autopar.schedule.waves import DIRECTIONS, Floats, Waves, step_ends, to_waves
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +26,7 @@ class Duration:
         return self.compute + self.communication
 
 
-@dataclass(frozen=True, slots=True)
-class TimedAction:
+class TimedAction(NamedTuple):
     """An action with its place in time, seconds from the start of the step."""
 
     action: Action
@@ -43,55 +47,72 @@ class Timeline:
 
     def idle(self, rank: int) -> float:
         """Seconds in which a rank takes no action."""
-        return self.end - sum(timed.end - timed.start for timed in self.ranks[rank])
+        return self.end - busy_seconds(self.ranks[rank])
+
+
+def busy_seconds(actions: tuple[TimedAction, ...]) -> float:
+    """Seconds in which a rank takes an action, or two at once."""
+    busy = clock = 0.0
+    for timed in actions:
+        busy += max(0.0, timed.end - max(timed.start, clock))
+        clock = max(clock, timed.end)
+    return busy
 
 
 Durations = Mapping[tuple[int, Direction], Duration]
 """By virtual stage and direction; every microbatch takes the same."""
 
 
-def simulate(schedule: Schedule, durations: Durations, transfer: float = 0.0) -> Timeline:
+def duration_table(durations: Durations, num_stages: int) -> Floats:
+    """Seconds [stages, 4] in the order of DIRECTIONS; 0 for a pass that is not given, but B is I and W."""
+    table = np.zeros((num_stages, len(DIRECTIONS)))
+    for (stage, direction), duration in durations.items():
+        table[stage, DIRECTIONS.index(direction)] = duration.total
+    whole, halves = DIRECTIONS.index(Direction.BACKWARD), (Direction.BACKWARD_INPUT, Direction.BACKWARD_WEIGHT)
+    for stage in range(num_stages):
+        if (stage, Direction.BACKWARD) not in durations:
+            table[stage, whole] = sum(table[stage, DIRECTIONS.index(half)] for half in halves)
+    return table
+
+
+def simulate(schedule: Schedule | Steps, durations: Durations, transfer: float = 0.0, hidden: float = 0.0) -> Timeline:
     """Time a schedule on processors of its own.
 
     A rank takes its actions in order, each as soon as its dependencies have ended and, where they lie on another
-    rank, ``transfer`` seconds have passed; transfers occupy no rank. Cost: O(actions).
+    rank, ``transfer`` seconds have passed; transfers occupy no rank. The two actions of a pair start together when
+    both can, and end together ``hidden`` seconds sooner than one after the other. Cost: O(actions).
+
+    Raises:
+        PlanError: the schedule waits for itself.
     """
-    rank_of = {action: rank for rank, actions in enumerate(schedule) for action in actions}
-    num_stages = 1 + max(action.stage for action in rank_of)
-    ends: dict[Action, float] = {}
-    timed: list[list[TimedAction]] = [[] for _ in schedule]
-    position = [0] * len(schedule)
-    ready = list(range(len(schedule)))
-    while ready:
-        rank = ready.pop()
-        clock = timed[rank][-1].end if timed[rank] else 0.0
-        while position[rank] < len(schedule[rank]):
-            action = schedule[rank][position[rank]]
-            needs = dependencies(action, num_stages)
-            if any(need not in ends for need in needs):
-                break
-            arrivals = [ends[need] + (transfer if rank_of[need] != rank else 0.0) for need in needs]
-            start = max([clock, *arrivals])
-            clock = start + durations[action.stage, action.direction].total
-            ends[action] = clock
-            timed[rank].append(TimedAction(action, start, clock))
-            position[rank] += 1
-            for other in range(len(schedule)):
-                if other != rank and other not in ready:
-                    ready.append(other)
-    assert all(done == len(actions) for done, actions in zip(position, schedule, strict=True)), "schedule deadlocks"
-    return Timeline(tuple(tuple(actions) for actions in timed))
+    waves = to_waves(schedule)
+    starts, ends = step_ends(waves, duration_table(durations, waves.num_stages), transfer, hidden)
+    rows = []
+    for row, steps in zip(schedule, waves.of_rank, strict=True):
+        timed: list[TimedAction] = []
+        for step, start, end in zip(row, starts[steps].tolist(), ends[steps].tolist(), strict=True):
+            parts = step if isinstance(step, Pair) else (step,)
+            timed.extend(TimedAction(action, start, end) for action in parts)
+        rows.append(tuple(timed))
+    return Timeline(tuple(rows))
+
+
+def rank_ends(waves: Waves, seconds: Floats, transfer: Floats | float = 0.0, hidden: Floats | float = 0.0) -> Floats:
+    """End of every rank's last action [ranks, ...] for many plans of one schedule at once; see ``step_ends``."""
+    _, ends = step_ends(waves, seconds, transfer, hidden)
+    return np.stack([ends[steps[-1]] for steps in waves.of_rank])
 
 
 def simulate_shared(
-    schedule: Schedule, durations: Durations, transfer: float, slowdown: Callable[[int], float]
+    schedule: Schedule | Steps, durations: Durations, transfer: float, slowdown: Callable[[int], float]
 ) -> Timeline:
     """Time a schedule whose ranks share processors.
 
     Like ``simulate``, but while ``n`` ranks compute at once each advances at the rate 1 / slowdown(n). Communication
-    advances at its own rate and slows nobody. Cost: O(actions x ranks).
+    advances at its own rate and slows nobody. A pair's actions come one after the other. Cost: O(actions x ranks).
     """
-    rank_of = {action: rank for rank, actions in enumerate(schedule) for action in actions}
+    schedule = flat(schedule)
+    rank_of = {provides(action): rank for rank, actions in enumerate(schedule) for action in actions}
     num_stages = 1 + max(action.stage for action in rank_of)
     ends: dict[Action, float] = {}
     timed: list[list[TimedAction]] = [[] for _ in schedule]
@@ -109,7 +130,7 @@ def simulate_shared(
                 continue
             start = max([0.0, *(ends[need] + (transfer if rank_of[need] != rank else 0.0) for need in needs)])
             if start <= clock:
-                duration = durations[action.stage, action.direction]
+                duration = _duration(durations, action)
                 running[rank] = _Running(action, clock, duration.compute, duration.communication)
             else:
                 wake = start if wake is None else min(wake, start)
@@ -123,12 +144,13 @@ def simulate_shared(
             was_computing = run.compute > 0
             run.advance(step, rate)
             if run.compute <= 0 and (run.communication <= 0 or (not was_computing and run.communication <= 1e-15)):
-                ends[run.action] = clock + step
+                ends[provides(run.action)] = clock + step
                 timed[rank].append(TimedAction(run.action, run.start, clock + step))
                 position[rank] += 1
                 del running[rank]
         clock += step
-    assert all(done == len(actions) for done, actions in zip(position, schedule, strict=True)), "schedule deadlocks"
+    if any(done < len(actions) for done, actions in zip(position, schedule, strict=True)):
+        raise PlanError("the schedule waits for itself")
     return Timeline(tuple(tuple(actions) for actions in timed))
 
 
@@ -149,11 +171,10 @@ class _Running:
             self.communication = max(0.0, self.communication - step)
 
 
-def held_microbatches(schedule: Schedule, rank: int) -> float:
-    """Most microbatches whose activations a rank holds at once, in units of all its virtual stages."""
-    stages = {action.stage for action in schedule[rank]}
-    held = peak = 0
-    for action in schedule[rank]:
-        held += 1 if action.direction is Direction.FORWARD else -1
-        peak = max(peak, held)
-    return peak / len(stages)
+def _duration(durations: Durations, action: Action) -> Duration:
+    """Of an action; a whole backward that is not given is its two halves."""
+    found = durations.get((action.stage, action.direction))
+    if found is None and action.direction is Direction.BACKWARD:
+        halves = [durations[action.stage, half] for half in (Direction.BACKWARD_INPUT, Direction.BACKWARD_WEIGHT)]
+        return Duration(sum(h.compute for h in halves), sum(h.communication for h in halves))
+    return durations[action.stage, action.direction] if found is None else found

@@ -10,12 +10,16 @@ LABELS = {
     "recompute": "recomputation",
     "tensor_parallel": "tensor parallel traffic",
     "context_parallel": "context parallel traffic",
+    "expert_parallel": "exchange with experts",
+    "launch_bound": "kernel launches",
     "pipeline_bubble": "pipeline bubble",
     "pipeline_transfer": "pipeline transfers",
     "processor_sharing": "shared processors",
     "gradient_accumulation": "gradient accumulation",
     "data_parallel": "data parallel traffic",
     "optimizer": "optimizer",
+    "step_overhead": "overhead of a step",
+    "stragglers": "stragglers",
 }
 
 

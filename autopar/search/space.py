@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.estimate.arrays import RECOMPUTE_CODES, PlanArrays
+from autopar.estimate.arrays import RECOMPUTE_CODES, SCHEDULE_CODES, PlanArrays
 from autopar.estimate.setting import Setting
-from autopar.plan import Recompute
+from autopar.plan import Recompute, default_schedule
 
 MAX_MICROBATCH = 64
 
@@ -75,9 +75,13 @@ def enumerate_plans(setting: Setting, space: Space | None = None) -> PlanArrays:
         )
     columns = np.asarray(rows, dtype=np.int64).reshape(-1, 10).T
     tp_, cp_, pp_, vp_, replicas_, shards_, microbatch_, zero_, sp_, again_ = columns
+    ones = np.ones_like(tp_)
+    plain, interleaved = (SCHEDULE_CODES.index(default_schedule(virtual)) for virtual in (1, 2))
+    schedule = np.where(vp_ > 1, interleaved, plain)
     return PlanArrays(
         tp=tp_, cp=cp_, pp=pp_, vp=vp_, dp_replicate=replicas_, dp_shard=shards_, microbatch=microbatch_, zero=zero_,
-        sp=sp_.astype(np.bool_), recompute=again_, gpipe=np.zeros(len(tp_), dtype=np.bool_), stage_blocks={},
+        sp=sp_.astype(np.bool_), recompute=again_, schedule=schedule, ep=ones, etp=ones, modules=0 * ones,
+        recompute_layers=0 * ones, stage_blocks={},
     )  # fmt: skip
 
 
@@ -94,7 +98,7 @@ def _shardings(setting: Setting, tp: int, cp: int, dp: int) -> list[tuple[int, i
         return [(0, 1, 1)]
     found = []
     in_node = max(1, setting.cluster.devices_per_node // (tp * cp))
-    for zero in setting.stack.shardable:
+    for zero in setting.stack.data.shardable:
         if zero == 0:
             found.append((0, dp, 1))
             continue

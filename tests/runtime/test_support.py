@@ -27,6 +27,9 @@ WORKLOAD = Workload(global_batch=16, seq_len=64, precision=Precision.FP32)
         ("dp2.z1.mb1", 4, "zero_stage=1 is not supported: use 0"),
         ("mb1.ac-selective", 4, "use none or full"),
         ("pp2.vp2.dp2.mb1", 4, "use zero_stage 2 or 3, or vp=1"),
+        ("mb1.ac-full3", 4, "use ac-full (all blocks)"),
+        ("dp2.ep2.mb1", 4, "ep=2 is not supported: use ep=1"),
+        ("pp2.mb1.sched-zb-h1", 4, "use one of gpipe, 1f1b, interleaved"),
         ("pp2.mb1.sched-interleaved", 4, "needs vp>=2"),
         ("mb1.sp", 4, "use tp>=2 or drop sp"),
         ("tp16.mb1", 4, "does not divide the query heads, 8"),
@@ -48,7 +51,10 @@ def test_refusals_of_models() -> None:
     assert [r.reason for r in unsupported(parse_slug("tp2.mb1"), fused)] == ["fused qkv"]
     assert [r.reason for r in unsupported(parse_slug("pp2.mb1"), tied)] == ["tied embeddings"]
     assert not unsupported(parse_slug("dp2.mb1"), fused) and not unsupported(parse_slug("tp2.mb1"), tied)
-    assert unsupported_workload(dataclasses.replace(WORKLOAD, precision=Precision.FP16))
+    assert [r.reason for r in unsupported(parse_slug("mb1"), dataclasses.replace(MODEL, qk_norm=True))] == ["model"]
+    for precision in (Precision.FP16, Precision.FP8, Precision.NVFP4):
+        assert unsupported_workload(dataclasses.replace(WORKLOAD, precision=precision))
+    assert not unsupported_workload(dataclasses.replace(WORKLOAD, precision=Precision.BF16))
 
 
 @pytest.mark.parametrize(

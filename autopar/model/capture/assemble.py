@@ -13,6 +13,7 @@ from autopar.model.capture.group import Group, group_calls
 from autopar.model.capture.ops import LOG_SOFTMAX, kept_name, kind_of, parameters_of, shape_of, traffic, workspace_bytes
 from autopar.model.capture.records import Trace
 from autopar.model.capture.splits import Division, divide, planned_styles
+from autopar.model.tags import with_makers, with_modules
 
 
 def assemble(
@@ -82,6 +83,7 @@ def assemble(
     if num_blocks == len(blocks):
         ops = _fill_empty_blocks(ops, blocks)
     edges = tuple((producer.name, group.name) for group in groups for producer in group.producers)
+    ops = with_makers(with_modules(ops, edges, num_blocks), edges)
     graph = OpGraph(
         name=name,
         ops=tuple(ops),

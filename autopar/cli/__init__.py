@@ -1,0 +1,10 @@
+"""The command line: reads arguments, calls the library, prints. Wrong input is one line on standard error.
+
+Exit codes: 0 fine, 1 a run failed, 2 wrong usage, 3 no feasible plan.
+"""
+
+from autopar.cli import planning, running, validating
+from autopar.cli.common import app
+from autopar.cli.main import main, run
+
+__all__ = ["app", "main", "planning", "run", "running", "validating"]

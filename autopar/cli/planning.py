@@ -1,0 +1,117 @@
+"""``autopar plan``, ``estimate`` and ``models``: answers from data sheets, without a GPU."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from autopar.cli.common import (
+    Batch,
+    ClusterOption,
+    JsonFlag,
+    Model,
+    OptimizerOption,
+    OutOption,
+    PrecisionOption,
+    SeqLen,
+    StackOption,
+    app,
+    estimate_json,
+    say,
+    setting_of,
+    show,
+    terminal_width,
+)  # fmt: skip
+from autopar.workload import Optimizer, Precision
+
+
+@app.command()
+def plan(
+    model: Model,
+    cluster: ClusterOption,
+    global_batch: Batch,
+    seq_len: SeqLen,
+    precision: PrecisionOption = Precision.BF16,
+    optimizer: OptimizerOption = Optimizer.ADAMW,
+    stack: StackOption = "megatron-core",
+    top: Annotated[int, typer.Option(min=1, help="Plans to show.")] = 10,
+    as_json: JsonFlag = False,
+    out: OutOption = None,
+) -> None:
+    """Rank the parallel plans of a model on a cluster, from data sheets alone."""
+    from autopar.plan import PlanFile, write_plan_file
+    from autopar.search.exhaustive import search
+    from autopar.search.reason import reason
+
+    spec, setting = setting_of(model, cluster, global_batch, seq_len, precision, optimizer, stack)
+    result = search(setting, top=top)
+    best = result.best[0]
+    if as_json:
+        plans = [{"rank": i + 1, **estimate_json(e), "reason": reason(e, best)} for i, e in enumerate(result.best)]
+        found = {
+            "considered": result.considered,
+            "feasible": result.feasible,
+            "rejected": dict(result.rejected),
+            "seconds": result.seconds,
+        }
+        print(json.dumps({"schema_version": 1, "plans": plans, "search": found, "assumptions": best.assumptions}))
+    else:
+        from autopar.report.tables import plans_table, search_line
+
+        show(plans_table(result.best, width=terminal_width(), title=f"{spec.name} on {cluster}"), search_line(result))
+    if out is not None:
+        content = PlanFile(
+            slug=best.plan.slug,
+            model=spec,
+            workload=setting.workload,
+            plan=best.plan,
+            predicted={"step_s": best.step_s, "memory_gib": best.memory_gib, "mfu": best.mfu},
+        )
+        write_plan_file(out / "plan.json", content)
+        say(f"wrote {out / 'plan.json'}")
+
+
+@app.command()
+def estimate(
+    model: Model,
+    slug: Annotated[str, typer.Argument(help="Plan, such as tp8.pp4.vp2.cp1.dp2.z1.mb1.ac-none.sp")],
+    cluster: ClusterOption,
+    global_batch: Batch,
+    seq_len: SeqLen,
+    precision: PrecisionOption = Precision.BF16,
+    optimizer: OptimizerOption = Optimizer.ADAMW,
+    stack: StackOption = "megatron-core",
+    as_json: JsonFlag = False,
+    out: OutOption = None,
+) -> None:
+    """Price one plan: step time by terms, memory by items, and what the numbers rest on."""
+    from autopar.estimate import estimate as price
+    from autopar.plan import parse_slug
+
+    _, setting = setting_of(model, cluster, global_batch, seq_len, precision, optimizer, stack)
+    result = price(setting, parse_slug(slug))
+    document = {"schema_version": 1, **estimate_json(result), "assumptions": list(result.assumptions)}
+    if as_json:
+        print(json.dumps(document))
+    else:
+        from autopar.report.tables import plan_detail
+
+        show(plan_detail(result, width=terminal_width()))
+    if out is not None:
+        from costmodels.records import write_json
+
+        write_json(out / "estimate.json", document)
+        say(f"wrote {out / 'estimate.json'}")
+
+
+@app.command()
+def models() -> None:
+    """List the models, devices and stacks that ship with the program."""
+    from autopar.model.presets import preset_names
+    from costmodels.hardware import device_names
+    from costmodels.stack import stack_names
+
+    for title, names in (("models", preset_names()), ("devices", device_names()), ("stacks", stack_names())):
+        print(f"{title}: {', '.join(names)}")

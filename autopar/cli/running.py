@@ -1,0 +1,134 @@
+"""``autopar profile``, ``run``, ``demo`` and ``gpu``: commands that measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autopar.cli.common import Device, JsonFlag, app, progress, say, show, terminal_width
+from autopar.workload import Precision
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")] = Path("profile.json"),
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes; 4 on CPUs, every device on CUDA.")] = None,
+    device: Device = "auto",
+    precision: Annotated[Precision | None, typer.Option(help="fp32 on CPUs, bf16 on CUDA.")] = None,
+    quick: Annotated[bool, typer.Option(help="Coarser, in a third of the time.")] = False,
+) -> None:
+    """Measure this machine: operations and collectives over shapes and sizes; fit them; keep points and fits."""
+    from autopar.demo import default_ranks, resolve_device
+    from autopar.report.tables import profile_table
+    from autopar.runtime.nodes import local_node
+    from autopar.runtime.profile import profile_machine
+
+    device = resolve_device(device)
+    kind = precision or (Precision.FP32 if device == "cpu" else Precision.BF16)
+    with progress() as on_message:
+        measured = profile_machine(
+            ranks=ranks or default_ranks(device), nodes=(local_node(),), device=device, precision=kind.value, out=out,
+            quick=quick, on_message=on_message,
+        )  # fmt: skip
+    show(profile_table(measured, width=terminal_width()))
+    say(f"wrote {out}")
+
+
+@app.command("run")
+def run_plan(
+    plan_file: Annotated[Path, typer.Argument(help="plan.json, as `autopar plan -o` and `autopar demo` write it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for measurements and logs.")] = Path("runs"),
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 12,
+    device: Device = "auto",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress after which all ranks end.")] = 180,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a plan for real on this machine and measure step time, memory and collectives."""
+    from autopar.demo import resolve_device
+    from autopar.plan import read_plan_file
+    from autopar.runtime.job import TrainJob
+    from autopar.runtime.nodes import local_node
+    from autopar.runtime.run import run_plans
+
+    content = read_plan_file(plan_file)
+    job = TrainJob(
+        model=content.model, workload=content.workload, plans=(content.plan,), steps=steps, out_dir=str(out),
+        device=resolve_device(device),
+    )  # fmt: skip
+    with progress() as on_message:
+        [measured] = run_plans(
+            job, nodes=(local_node(),), ranks_per_node=content.plan.layout.world_size, stall_timeout_s=timeout,
+            on_message=on_message,
+        )  # fmt: skip
+    found = {
+        "slug": measured.slug,
+        "step_s": measured.median_step_s,
+        "peak_bytes": measured.peak_bytes,
+        "losses": list(measured.losses),
+        "predicted": dict(content.predicted),
+    }
+    if as_json:
+        print(json.dumps({"schema_version": 1, **found}))
+    else:
+        from costmodels.units import format_bytes, format_seconds
+
+        predicted = content.predicted.get("step_s")
+        expected = f", predicted {format_seconds(predicted)}" if predicted else ""
+        print(
+            f"{measured.slug}: {format_seconds(measured.median_step_s)} per step{expected}; peak of a rank "
+            f"{format_bytes(measured.peak_bytes)}; loss {measured.losses[0]:.4f} to {measured.losses[-1]:.4f}"
+        )
+    say(f"wrote {job.measurement_file(content.plan)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the report.")] = Path("reports/demo"),
+    emulate: Annotated[
+        str | None, typer.Option(help="NODESxRATE: run on an emulated cluster, such as 4x200mbit (needs root).")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes; 4 on CPUs, every device on CUDA.")] = None,
+    device: Device = "auto",
+    layouts: Annotated[int, typer.Option(min=2, help="Layouts to run beside a single process.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 10,
+    quick: Annotated[bool, typer.Option(help="A coarse profile.")] = False,
+    reuse: Annotated[bool, typer.Option(help="Predict anew for the profile and runs in --out; run nothing.")] = False,
+) -> None:
+    """Do it all: profile this machine, capture a model, plan, run plans, hold prediction to measurement."""
+    from autopar.demo import DemoOptions, resolve_device
+    from autopar.demo import demo as run_demo
+    from autopar.report import write_report
+    from autopar.report.tables import plans_table, profile_table, validation_table, verdict
+
+    options = DemoOptions(
+        out=out, ranks=ranks, emulate=emulate, device="cpu" if emulate else resolve_device(device),
+        num_layouts=layouts, steps=steps, quick=quick, reuse=reuse,
+    )  # fmt: skip
+    with progress() as on_message:
+        report = run_demo(options, say, on_message)
+    files = write_report(report, out)
+    if report.profile is not None:
+        show(profile_table(report.profile, width=terminal_width()))
+    show(plans_table(report.result.best[:10], width=terminal_width(), device=report.device_word, title=report.title))
+    show(validation_table(report.validation, width=terminal_width()), verdict(report.validation))
+    say(f"wrote {len(files)} files; open {out / 'index.html'}")
+
+
+@app.command()
+def gpu(
+    part: Annotated[str, typer.Option(help="Which settings: small, medium, large, or all.")] = "all",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for profile and results.")] = Path("gpu"),
+    device: Device = "auto",
+) -> None:
+    """Profile one GPU, run single-GPU settings, and hold predicted step time and memory to what was measured."""
+    from autopar.demo import resolve_device
+    from autopar.gpu import measure_settings, settings_of
+    from autopar.report.columns import markdown_table
+
+    with progress() as on_message:
+        results = measure_settings(settings_of(part), out, resolve_device(device), say, on_message)
+    print(markdown_table(results.columns()))
+    say(f"wrote {results.file}")

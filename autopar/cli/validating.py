@@ -1,0 +1,51 @@
+"""``autopar validate``: published runs, predicted and held against what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autopar.cli.common import JsonFlag, OutOption, app, progress, say, show, terminal_width
+
+
+@app.command()
+def validate(
+    runs: Annotated[list[Path], typer.Argument(help="CSV files of measured runs.", show_default=False)],
+    as_json: JsonFlag = False,
+    out: OutOption = None,
+    assumptions: Annotated[bool, typer.Option("--assumptions", help="Say what the files leave open.")] = False,
+    stack: Annotated[str | None, typer.Option("--stack", help="Training software, whatever the rows say.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Folder: refit without each model, draw, write README.md.")
+    ] = None,
+) -> None:
+    """Predict measured runs and hold the predictions against them."""
+    from autopar.validate.runs import validate_runs
+
+    found = validate_runs(runs, stack=stack)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        from autopar.report.runs_tables import assumptions_table, sources_table, worst_table
+
+        width = terminal_width()
+        show(sources_table(found, width=width), "", worst_table(found, width=width))
+        if assumptions:
+            show("", assumptions_table(found, width=width))
+    if out is not None:
+        from autopar.report.runs_tables import write_rows
+        from costmodels.records import write_json
+
+        write_json(out / "validation.json", found.to_json())
+        write_rows(found, out / "rows.csv")
+        say(f"wrote {out / 'validation.json'} and {out / 'rows.csv'}")
+    if report is not None:
+        from autopar.report.validation import write_validation_report
+        from autopar.validate.study import study
+
+        with progress() as on_message:
+            files = write_validation_report(study(found, on_message=on_message), report)
+        say(f"wrote {len(files)} files to {report}")

@@ -1,0 +1,40 @@
+"""Seconds of the collectives that operations cause, on the cluster of a setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from autopar.estimate.setting import Setting
+from autopar.shard import Collective, Degrees
+from costmodels.collectives import collective_seconds
+from costmodels.hardware import group_span
+
+
+def collective_calls_seconds(setting: Setting, collective: Collective, ranks: Any, stride: Any) -> Any:
+    """Seconds of all calls of a collective; ``num_bytes`` is the sum over the calls."""
+    calls = np.asarray(collective.count, dtype=float)
+    each = np.asarray(collective.num_bytes, dtype=float) / np.maximum(calls, 1.0)
+    seconds = collective_seconds(setting.cluster, collective.kind, ranks, stride, each, setting.stack.algorithms)
+    return np.where(calls > 0, calls * (seconds + setting.collective_wait), 0.0)
+
+
+def dispatch_seconds(setting: Setting, collective: Collective, degrees: Degrees) -> Any:
+    """Seconds of handing tokens to experts or back, over node and network at once: the sum of both.
+
+    Of the rows that leave a rank, (l-1)/N stay in its node and (N-l)/N cross the network (l ranks per node, k nodes,
+    N in all). A dispatcher that sends a token to a node once divides the crossing rows by the mean number of a
+    token's experts per node that has any: k (1 - (1 - 1/k)^e)/e of e experts a token (DeepSeek-V3 2024, DeepEP).
+    """
+    cluster, habits = setting.cluster, setting.stack.experts
+    ranks, stride = np.asarray(degrees.ep, dtype=float), np.asarray(degrees.etp, dtype=float)
+    local, nodes = group_span(ranks, stride, cluster.domain)
+    size = np.asarray(collective.num_bytes, dtype=float) * habits.dispatch_bytes / setting.graph.itemsize
+    chosen = max(setting.graph.top_k, 1)
+    once = nodes * (1 - (1 - 1 / nodes) ** chosen) / chosen if habits.deduplicates else 1.0
+    inner, outer = cluster.node_link, cluster.network_link
+    inside = size * (local - 1) / ranks / (inner.speed * habits.bandwidth_share)
+    across = size * (ranks - local) / ranks * np.minimum(once, 1.0) / (outer.speed * habits.bandwidth_share)
+    latency = np.where(ranks > 1, inner.latency, 0.0) + np.where(nodes > 1, outer.latency, 0.0)
+    return np.where(np.asarray(collective.count) > 0, latency + inside + across, 0.0)

@@ -1,0 +1,105 @@
+"""Bytes of an operation on one rank: what backward needs, by recompute module, and what it takes for a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from autopar.estimate.opcosts import UNFUSED, attention_kernel, local_attention
+from autopar.estimate.setting import Setting
+from autopar.graph import RECOMPUTE_MODULES, AttentionShape, Op, OpKind, SavedTensor, Split
+from autopar.shard import Degrees, activation_share, batch_scale, kept_bytes
+
+STATISTICS = ("statistics", "logsumexp")
+INTERMEDIATE = "act.intermediate"
+
+
+def section_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) -> Any:
+    """Bytes that these operations keep for their backward without recomputation."""
+    stack, scale = setting.stack, batch_scale(setting.graph, degrees)
+    unfused = attention_kernel(setting) == UNFUSED
+    sizes: dict[Split, float] = {}
+    total: Any = np.zeros_like(np.asarray(degrees.tp, dtype=float))
+    for op in ops:
+        if op.kind is OpKind.LOSS and stack.memory.loss_bytes:
+            logits = max((tensor.num_bytes for tensor in op.saved), default=0) / setting.graph.itemsize
+            sizes[op.split] = sizes.get(op.split, 0.0) + logits * stack.memory.loss_bytes
+            continue
+        inner = unfused and isinstance(op.shape, AttentionShape)
+        for tensor in _really_saved(op, setting):
+            if not (inner and tensor.name.endswith(STATISTICS)):
+                sizes[tensor.split] = sizes.get(tensor.split, 0.0) + tensor.num_bytes
+        if inner:
+            total = total + score_bytes(op, setting, degrees)
+    for split, size in sizes.items():
+        total = total + size * activation_share(split, degrees, stack) * scale
+    return total
+
+
+def _really_saved(op: Op, setting: Setting) -> Sequence[SavedTensor]:
+    if not setting.stack.memory.fused_activations:
+        return op.saved
+    return [tensor for tensor in op.saved if not tensor.name.endswith(INTERMEDIATE)]
+
+
+def score_bytes(op: Op, setting: Setting, degrees: Degrees) -> Any:
+    """Scores that unfused attention keeps: probabilities, and under dropout the mask and the dropped probabilities.
+
+    Source: Korthikanti et al. 2022, section 4.1: 2 + 1 + 2 bytes per score in 2-byte types.
+    """
+    shape = op.shape
+    assert isinstance(shape, AttentionShape)
+    local = local_attention(op, setting, degrees)
+    scores = local["batch"] * local["heads"] * local["query_len"] * local["key_len"]
+    width = setting.graph.itemsize
+    return scores * (width + (1 + width if shape.dropout else 0))
+
+
+def _statistics(tensors: Sequence[SavedTensor], setting: Setting, degrees: Degrees) -> Any:
+    found = [tensor for tensor in tensors if tensor.name.endswith(STATISTICS)]
+    return kept_bytes(found, setting.graph, degrees, setting.stack)
+
+
+def freed_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) -> list[Any]:
+    """Bytes that recomputing each of RECOMPUTE_MODULES frees, one entry a module.
+
+    Recomputing attention frees what lies inside it; its output is the next product's input and stays.
+    """
+    freed: list[Any] = []
+    for module in RECOMPUTE_MODULES:
+        inside: Any = np.zeros_like(np.asarray(degrees.tp, dtype=float))
+        for op in ops:
+            if isinstance(op.shape, AttentionShape):
+                if module == "core_attn":
+                    unfused = attention_kernel(setting) == UNFUSED
+                    inner = score_bytes(op, setting, degrees) if unfused else None
+                    inside = inside + (_statistics(op.saved, setting, degrees) if inner is None else inner)
+                made = [t for t in op.saved if t.made_by == module != "core_attn"]
+            else:
+                made = [t for t in _really_saved(op, setting) if t.made_by == module]
+            inside = inside + kept_bytes(made, setting.graph, degrees, setting.stack)
+        freed.append(inside)
+    return freed
+
+
+def working_bytes(op: Op, setting: Setting, degrees: Degrees) -> Any:
+    """Temporary bytes of an operation's backward: the gradients of its result and of what it keeps.
+
+    The loss holds ``loss_copies`` tensors of the size of the logits beside what forward kept. A row product's result is
+    reduced out of place; along the sequence its parts are gathered and joined (``sequence_copies``).
+    """
+    share = activation_share(op.output_split, degrees, setting.stack) * batch_scale(setting.graph, degrees)
+    if op.kind is OpKind.LOSS:
+        logits = max((tensor.num_bytes for tensor in op.saved), default=0)
+        share = activation_share(op.split, degrees, setting.stack) * batch_scale(setting.graph, degrees)
+        return logits * setting.stack.memory.loss_copies * share
+    gradients = kept_bytes(
+        [tensor for tensor in op.saved if not tensor.name.endswith(STATISTICS)],
+        setting.graph, degrees, setting.stack,
+    )  # fmt: skip
+    whole = op.output_bytes * batch_scale(setting.graph, degrees) / np.asarray(degrees.cp, dtype=float)
+    divided = (np.asarray(degrees.tp) > 1) & (op.split is Split.ROW)
+    copies = np.where(degrees.sp, setting.stack.tensor.sequence_copies, 1)
+    return op.output_bytes * share + gradients + whole * divided * copies

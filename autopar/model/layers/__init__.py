@@ -1,0 +1,1 @@
+"""Operations of the parts of a transformer: what ``autopar.model.build`` puts together."""

@@ -1,0 +1,193 @@
+"""Intervals of a prediction: within which factor of it the truth lay for runs that a fit had not seen.
+
+``specs/bands.toml`` holds, for each state of knowledge, the factors below and above a prediction between which four of
+five left-out runs were. What is known of a case decides which applies: the same engine on the same device, with or
+without experts; the engine on another device; an engine that nothing was fitted on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.fit.problem import Case
+from costmodels.records import from_plain, read_toml
+
+Floats = NDArray[np.float64]
+
+SHARE = 0.8
+"""Of the truths that an interval holds."""
+
+FEWEST = 10
+"""Left-out runs from which an engine on a device gets a band of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Band:
+    """An interval in seconds."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BandRule:
+    """Factors for the cases that match; an empty field matches all.
+
+    Attributes:
+        stack: engine, without its variants.
+        device: name.
+        experts: whether the model has experts; None for both.
+        low, high: factors of the prediction.
+        rows: left-out runs behind them.
+        origin: which.
+    """
+
+    low: float
+    high: float
+    rows: int
+    origin: str
+    stack: str = ""
+    device: str = ""
+    experts: bool | None = None
+
+    def matches(self, stack: str, device: str, experts: bool) -> bool:
+        """Whether the rule is for such a case."""
+        return (
+            self.stack in ("", stack) and self.device in ("", device) and self.experts in (None, experts)
+        )  # fmt: skip
+
+    def around(self, prediction: float) -> Band:
+        """The interval around a prediction."""
+        return Band(low=self.low * prediction, high=self.high * prediction)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bands:
+    """Rules, the narrowest first; the last one matches everything."""
+
+    band: tuple[BandRule, ...]
+
+
+UNKNOWN = BandRule(low=0.75, high=1.35, rows=0, origin="assumed: no bands were fitted")
+
+
+def bands_file() -> Path:
+    """The file that ships."""
+    return Path(str(resources.files("costmodels"))) / "specs" / "bands.toml"
+
+
+def load_bands(path: Path | None = None) -> Bands:
+    """Read rules, the shipped ones by default."""
+    where = path or bands_file()
+    return from_plain(Bands, read_toml(where), str(where)) if where.exists() else Bands(band=(UNKNOWN,))
+
+
+def traits(case: Case) -> tuple[str, str, bool]:
+    """Engine without variants, device, and whether the model has experts."""
+    return case.stack.split("+")[0], case.cluster.device.name, case.spec.num_experts > 0
+
+
+def band_of(bands: Bands, case: Case) -> BandRule:
+    """The first rule that matches a case."""
+    return next((rule for rule in bands.band if rule.matches(*traits(case))), UNKNOWN)
+
+
+def fit_bands(
+    cases: Sequence[Case], residuals: Floats, source_residuals: Floats, *, what: str = "published runs"
+) -> Bands:
+    """Rules from left-out errors.
+
+    Args:
+        cases: measured runs.
+        residuals: log(predicted / measured) of each with its model left out of the fit.
+        source_residuals: the same with its source left out, for engines that nothing was fitted on.
+        what: the runs, for the origin.
+    """
+    found = [traits(case) for case in cases]
+    rules = []
+    for stack, device, experts in dict.fromkeys(found):
+        chosen = np.asarray([f == (stack, device, experts) for f in found])
+        if chosen.sum() >= FEWEST:
+            origin = f"{what}: model left out, {stack} on {device}"
+            rules.append(_rule(residuals[chosen], origin, stack=stack, device=device, experts=experts))
+    for experts in (False, True):
+        for stack in dict.fromkeys(f[0] for f in found if f[2] == experts):
+            chosen = np.asarray([f[0] == stack and f[2] == experts for f in found])
+            if chosen.sum() >= FEWEST:
+                origin = f"{what}: model left out, {stack} on any device, widened by a fifth for a device not fitted"
+                rules.append(_rule(residuals[chosen], origin, widen=1.2, stack=stack, experts=experts))
+    for experts in (False, True):
+        chosen = np.asarray([f[2] == experts for f in found])
+        if chosen.sum() >= FEWEST:
+            rules.append(_rule(source_residuals[chosen], f"{what}: source left out", experts=experts))
+    rules.append(_rule(source_residuals, f"{what}: source left out"))
+    return Bands(band=tuple(rules))
+
+
+def _rule(
+    residuals: Floats,
+    origin: str,
+    *,
+    widen: float = 1.0,
+    stack: str = "",
+    device: str = "",
+    experts: bool | None = None,
+) -> BandRule:
+    low, high = quantiles(residuals)
+    return BandRule(
+        low=float(np.exp(-widen * high)), high=float(np.exp(-widen * low)), rows=len(residuals), origin=origin,
+        stack=stack, device=device, experts=experts,
+    )  # fmt: skip
+
+
+def quantiles(residuals: Floats) -> tuple[float, float]:
+    """Interval of log(predicted / measured) that holds SHARE of unseen runs, 0 included.
+
+    The k-th smallest and largest of n with k = floor((n + 1) (1 - SHARE)/2), at least 1: exact for exchangeable runs
+    (split conformal prediction); for few runs the extremes.
+    """
+    ordered = np.sort(residuals)
+    rank = max(1, int((len(ordered) + 1) * (1 - SHARE) / 2))
+    return min(float(ordered[rank - 1]), 0.0), max(float(ordered[-rank]), 0.0)
+
+
+def coverage(cases: Sequence[Case], residuals: Floats, keys: Sequence[object]) -> float:
+    """Share of runs inside bands made of the other parts' errors: ``keys`` are the parts that were left out."""
+    inside = []
+    found = [traits(case) for case in cases]
+    for key in dict.fromkeys(keys):
+        held = np.asarray([k == key for k in keys])
+        for index in np.flatnonzero(held):
+            alike = np.asarray([f == found[index] for f in found]) & ~held
+            if alike.sum() < FEWEST:
+                alike = np.asarray([f[2] == found[index][2] for f in found]) & ~held
+            if not alike.any():
+                continue
+            low, high = quantiles(residuals[alike])
+            inside.append(low <= residuals[index] <= high)
+    return float(np.mean(inside)) if inside else float("nan")
+
+
+def bands_toml(bands: Bands) -> str:
+    """The file's text."""
+    lines = [
+        "# Factors of a predicted step time between which four of five left-out runs were measured.",
+        "# Written by `autopar validate --report`; the first rule that matches a case applies.",
+    ]
+    for rule in bands.band:
+        lines += ["", "[[band]]"]
+        if rule.stack:
+            lines.append(f'stack = "{rule.stack}"')
+        if rule.device:
+            lines.append(f'device = "{rule.device}"')
+        if rule.experts is not None:
+            lines.append(f"experts = {str(rule.experts).lower()}")
+        lines += [f"low = {rule.low:.3f}", f"high = {rule.high:.3f}", f"rows = {rule.rows}"]
+        lines.append(f'origin = "{rule.origin}"')
+    return "\n".join(lines) + "\n"
