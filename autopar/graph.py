@@ -60,7 +60,7 @@ class Split(StrEnum):
 
 
 # Names as in Megatron-Core's --recompute-modules. "moe" is the whole mixture of experts: it covers "moe_act".
-RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "moe_act", "moe", "mla_up_proj")
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "moe_act", "moe", "mla_up_proj", "op_level")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,6 @@ import numpy as np
 from autopar.graph import MatmulShape, Op, OpGraph, OpKind, Parameter, SavedTensor, Split
 from costmodels.stack import Stack
 
-
 EXPERT_SPLITS = (Split.EXPERT_COLUMN, Split.EXPERT_ROW)
 """Weights that belong to experts."""
 

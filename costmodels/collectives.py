@@ -96,13 +96,14 @@ def _transfer_seconds(kind: str, n: Any, size: Any, link: Link, algorithms: Mapp
         switch = in_network_bytes(n, size) / (link.bandwidth * link.in_network)
         chosen = (n > 1) & (switch < moved)
         moved, ramp = np.where(chosen, switch, moved), np.where(chosen, link.in_network_ramp, ramp)
-    if np.any(ramp):
+    if kind != "send" and np.any(ramp):
         moved = moved * (1 + np.sqrt(ramp / np.maximum(size, 1.0)))
     return moved * link.slowdown
 
 
 def _latency_seconds(kind: str, n: Any, link: Link, algorithms: Mapping[str, str]) -> Any:
-    return link.base_latency + rounds(kind, n, algorithms) * link.latency
+    start = 0.0 if kind == "send" else link.base_latency
+    return start + rounds(kind, n, algorithms) * link.latency
 
 
 def in_network_bytes(num_ranks: ArrayLike, num_bytes: ArrayLike) -> Any:
@@ -121,7 +122,8 @@ def link_seconds(
     """Collective over one kind of link; zero for one rank.
 
     t = base_latency + rounds a + slowdown serial (1 + sqrt(ramp/M)) / (B efficiency). An all-reduce goes through the
-    switch where the link computes in the network and that is faster for large messages. A send is one message.
+    switch where the link computes in the network and that is faster for large messages. A send is one message, with
+    neither start nor ramp.
 
     Source: ring or pairwise algorithms; the square root is how measured tables of NVLink approach their bandwidth
     (1 MiB to 1 GiB), between a fixed latency (too early) and a fixed message size per step (too late).
@@ -154,7 +156,8 @@ def collective_seconds(
     ranks on each of k domains goes in two levels: all_reduce = reduce_scatter inside, all_reduce of M/l across,
     all_gather inside; all_gather and reduce_scatter likewise, the share of a domain (M/k ... M/l) crossing the network
     once. Over a ``pipelined`` network both levels move bytes at the same time, and a ring runs through all ranks. A
-    send crosses the network when the stride reaches out of the domain. Measured curves of the cluster come first.
+    send crosses the network when the stride reaches out of the domain. An all_to_all has no ramp, since no published
+    table shows one. Measured curves of the cluster come first.
     """
     algorithms = algorithms or {}
     n, step, size = np.broadcast_arrays(

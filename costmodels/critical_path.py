@@ -115,7 +115,8 @@ def interleaved(f: Floats, b: Floats, m: Floats, v: Floats, c: Floats, group: Fl
     f, b = f / v, b / v
     warmup = np.minimum(m * v, (v - 1) * group + 2 * (p - 1 - ranks) + 1)
     first = _from_below(_around(f, warmup - 1, v, c, group) + np.cumsum(b, -1) + ranks * c) - _before(b) - ranks * c
-    last = _from_below(_around(b, warmup - 1, v, c, group) + np.cumsum(f, -1) + ranks * c) - _before(f) - ranks * c
+    smaller = m - group * ((m - 1) // group)
+    last = _from_below(_around(b, warmup - 1, v, c, smaller) + np.cumsum(f, -1) + ranks * c) - _before(f) - ranks * c
     between = m * v - 1 - warmup
     stay = first + last + between * (f + b)
     jobs = m * v - 1
@@ -158,3 +159,37 @@ def _wrapped(
         allowed = (passes >= 0) & (between >= 0)
         best = np.maximum(best, np.where(allowed, leave[..., here] + arrive + stays, 0.0).max(axis=-1))
     return best
+
+
+def v_shaped_extra(f: Floats, b: Floats, w: Floats, m: Floats, p: int, c: Floats) -> Floats:
+    """What ZB-V's fill and drain add to the passes of one rank; seconds of a chunk.
+
+    The length with equal stages is piecewise linear; these are its pieces, coefficients of f, b, w and c read off the
+    simulation for p = 2..8 and linear in p. Exact while a transfer is short beside a pass; from 2p-1 microbatches on,
+    and up to p, where everything waits for the first backward. Between the two it is a few percent off.
+    """
+    n = p - 1
+    pieces = (
+        (0, n, 0, 5 * p - 7), (0, 2 * n, -2 * n, 6 * p - 8), (0, 1, p - 2, 3 * n), (1, 0, p - 2, 3 * p - 5),
+        (2 * p - 3, 2 - p, 0, 3 * p - 5), (2 * n, 0, 1 - 2 * p, 4 * n), (2 * p - 3, 1, -2 * n, 4 * p - 6),
+        (2 * n, -n, -1, 3 * n), (p - 2, p, -2 * n, 6 * p - 8), (p - 2, 1, 0, 5 * p - 7),
+    )  # fmt: skip
+    full = _longest(pieces, f, b, w, c)
+    late = np.maximum(m - p, 0)
+    down = 2 * np.maximum(p - m, 0) * f + 2 * n * b - 2 * late * w + (4 * n + 2 * np.maximum(late - 1, 0)) * c
+    few = np.maximum(down, (2 * p - m - 1) * (f + b + 2 * c))
+    return np.asarray(np.where(m <= p, few, np.where(m < 2 * p - 1, np.maximum(full, down), full)))
+
+
+def dual_pipe_extra(f: Floats, b: Floats, w: Floats, m: Floats, p: int, c: Floats) -> Floats:
+    """The same for DualPipeV, from 2p microbatches on; each further one waits for its neighbours, as in 1F1B."""
+    n = p - 1
+    waits = 2 * ((m - 1) - np.ceil((m - 1) / p) - (2 * p - 3)) * c
+    pieces = (
+        (2 * n, 0, 0, 5 * p - 7), (2 * n, n, -n, 6 * p - 8), (p - 2, 2 * n, -n, 8 * p - 10), (p - 2, n, 0, 7 * p - 9),
+    )  # fmt: skip
+    return _longest(pieces, f, b, w, c) + waits
+
+
+def _longest(pieces: tuple[tuple[int, int, int, int], ...], f: Floats, b: Floats, w: Floats, c: Floats) -> Floats:
+    return np.asarray(np.max([x * f + y * b + z * w + u * c for x, y, z, u in pieces], axis=0))

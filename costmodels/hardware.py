@@ -191,6 +191,7 @@ class _DeviceSpec:
     attention_kernels: Mapping[str, AttentionKernel] = field(default_factory=dict)
     num_units: int = 0
     domain_size: int = 0
+    matmul_level: float = 1.0
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def device(self) -> Device:
@@ -206,17 +207,23 @@ class _DeviceSpec:
             peak_flops={precision: peak * TFLOPS for precision, peak in self.peak_TFLOPs.items()},
             memory_bytes=self.memory_GiB * GIB,
             memory_bandwidth=self.memory_bandwidth_GBps * GB,
-            matmul=self.matmul,
+            matmul=self._levelled(self.matmul),
             matmul_backward=self.matmul_backward,
             attention=forward,
             attention_backward=backward,
             bandwidth_fraction=self.bandwidth_fraction,
             op_overhead=self.op_overhead_us * 1e-6,
-            matmul_of=self.matmul_of,
+            matmul_of={precision: self._levelled(rate) for precision, rate in self.matmul_of.items()},
             attention_kernels=self.attention_kernels,
             num_units=self.num_units,
             origins=self.origins,
         )
+
+    def _levelled(self, rate: MatmulRate) -> MatmulRate:
+        """A rate of the device that this one is like, at the power and clocks of this one (``matmul_level``)."""
+        if self.matmul_level == 1.0:
+            return rate
+        return dataclasses.replace(rate, peak_fraction=rate.peak_fraction * self.matmul_level)
 
 
 def device_names() -> tuple[str, ...]:

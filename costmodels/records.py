@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import os
 import tempfile
@@ -102,7 +103,7 @@ def _convert_tuple(kind: Any, data: Any, where: str) -> Any:
 def _convert_record(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise InputError(f"{where}: expected a table of fields of {kind.__name__}, found {data!r}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     for key in data:
         if key not in fields:
@@ -112,6 +113,11 @@ def _convert_record(kind: Any, data: Any, where: str) -> Any:
         if required and name not in data:
             raise InputError(f"{where}: key '{name}' is missing")
     return kind(**{key: _convert(hints[key], item, f"{where}: {key}") for key, item in data.items()})
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _convert_scalar(kind: Any, data: Any, where: str) -> Any:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import resources
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar, cast
 
 from costmodels.errors import InputError, nearest
 from costmodels.records import from_plain, read_toml
@@ -17,7 +18,7 @@ Record = TypeVar("Record")
 SpecPath = tuple[str, ...]
 """Folder, specification and keys of one number: ("devices", "h100", "matmul", "peak_fraction")."""
 
-_REPLACED: ContextVar[Mapping[SpecPath, float]] = ContextVar("replaced", default={})
+_REPLACED: ContextVar[Mapping[SpecPath, float]] = ContextVar("replaced", default=MappingProxyType({}))
 
 
 @contextmanager
@@ -56,4 +57,14 @@ def read_shipped(folder: str, name: str) -> dict[str, Any]:
 
 def load_shipped(kind: type[Record], folder: str, name: str) -> Record:
     """Read one specification as a record. Raises InputError with the nearest name."""
+    found = (_load if _REPLACED.get() else _load_once)(cast(Any, kind), folder, name)
+    return cast(Record, found)
+
+
+def _load(kind: Any, folder: str, name: str) -> Any:
     return from_plain(kind, read_shipped(folder, name), f"{folder.removesuffix('s')} {name}")
+
+
+@cache
+def _load_once(kind: Any, folder: str, name: str) -> Any:
+    return _load(kind, folder, name)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from autopar.cli.common import JsonFlag, OutOption, app, progress, say, show, terminal_width
+from autopar.errors import InputError
 
 
 @app.command()
@@ -21,6 +22,9 @@ def validate(
     report: Annotated[
         Path | None, typer.Option("--report", help="Folder: refit without each model, draw, write README.md.")
     ] = None,
+    ship_bands: Annotated[
+        bool, typer.Option("--ship-bands", help="With --report: put its bands into the specifications.")
+    ] = False,
 ) -> None:
     """Predict measured runs and hold the predictions against them."""
     from autopar.validate.runs import validate_runs
@@ -47,5 +51,14 @@ def validate(
         from autopar.validate.study import study
 
         with progress() as on_message:
-            files = write_validation_report(study(found, on_message=on_message), report)
+            judged = study(found, on_message=on_message)
+        files = write_validation_report(judged, report)
         say(f"wrote {len(files)} files to {report}")
+        if ship_bands and judged.bands is not None:
+            from autopar.validate.bands import bands_file, bands_toml
+            from costmodels.records import write_text
+
+            write_text(bands_file(), bands_toml(judged.bands))
+            say(f"wrote {bands_file()}")
+    elif ship_bands:
+        raise InputError("--ship-bands needs --report, which fits the bands")

@@ -80,9 +80,9 @@ def _evaluate(setting: Setting, plans: PlanArrays) -> Iterator[tuple[Ints, dict[
     prices = price(setting, degrees, parts, by_module=selective)
     boundary = np.asarray(boundary_bytes(graph, degrees, setting.stack))
     is_block = np.asarray([part.is_block(graph) for part in parts])
-    for pp, vp, blocks, indices in stage_groups(plans):
+    for (pp, vp, v_shaped, blocks), indices in stage_groups(plans):
         group = plans.select(indices)
-        counts = section_counts(parts, graph.num_blocks, pp, vp, blocks, setting.stack)
+        counts = section_counts(parts, graph.num_blocks, pp, vp, blocks, setting.stack, v_shaped=v_shaped)
         work = rank_work(prices, rows[indices], counts, is_block, group, setting.stack)
         work = with_overheads(work, group, setting.stack)
         m = np.asarray(setting.workload.global_batch / (group.dp * group.microbatch))
@@ -93,7 +93,7 @@ def _evaluate(setting: Setting, plans: PlanArrays) -> Iterator[tuple[Ints, dict[
 
 
 def _pipeline_ends(setting: Setting, plans: PlanArrays, work: RankWork, m: Floats, transfer: Floats) -> PipelineEnds:
-    alone = closed_form_ends(plans, work, m, transfer)
+    alone = closed_form_ends(setting, plans, work, m, transfer)
     if not setting.cluster.sharing:
         return alone
     if work.parameters.shape[1] == 1:

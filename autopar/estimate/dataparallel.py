@@ -66,8 +66,13 @@ def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, n
     """
     stack, groups = setting.stack, weight_groups(plans, work)
     zero = plans.zero[:, None]
-    replicated = sum((_replicated(setting, plans, work, group) for group in groups), np.zeros_like(work.parameters))
-    gathered, communication = _sharded(setting, plans, work, num_microbatches, groups)
+    replicated: Any = np.zeros_like(work.parameters)
+    if (plans.zero == 0).any():
+        replicated = sum((_replicated(setting, plans, work, group) for group in groups), replicated)
+    if (plans.zero == 0).all():
+        gathered = communication = np.zeros_like(work.parameters)
+    else:
+        gathered, communication = _sharded(setting, plans, work, num_microbatches, groups)
     window = _window(plans, work, num_microbatches)
     if setting.cluster.link_uses_host:
         exposed: Any = communication
@@ -135,8 +140,11 @@ def _window(plans: PlanArrays, work: RankWork, num_microbatches: Floats) -> Floa
 
 
 def _seconds(setting: Setting, kind: str, ranks: Any, stride: Any, num_bytes: Any) -> Any:
+    many = np.asarray(ranks) > 1
+    if not many.any():
+        return np.zeros(np.broadcast_shapes(many.shape, np.shape(num_bytes)))
     seconds = collective_seconds(setting.cluster, kind, ranks, stride, num_bytes, setting.stack.algorithms)
-    return np.where(np.asarray(ranks) > 1, seconds, 0.0)
+    return np.where(many, seconds, 0.0)
 
 
 def copy_seconds(setting: Setting, plans: PlanArrays, work: RankWork, num_microbatches: Floats) -> Floats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,28 @@ from costmodels.collectives import collective_seconds
 from costmodels.hardware import group_span
 
 
+def merged(collectives: Iterable[Collective]) -> list[Collective]:
+    """Collectives that somebody calls, equal ones as one with the calls and bytes of all."""
+    found: dict[tuple[str, str, bytes], Collective] = {}
+    for collective in collectives:
+        calls = np.asarray(collective.count)
+        if not calls.any():
+            continue
+        each = np.asarray(collective.num_bytes / np.maximum(calls, 1.0))
+        key = (collective.kind, collective.phase, each.tobytes())
+        same = found.get(key)
+        if same is not None:
+            calls, num_bytes = same.count + collective.count, same.num_bytes + collective.num_bytes
+            collective = dataclasses.replace(same, count=calls, num_bytes=num_bytes)
+        found[key] = collective
+    return list(found.values())
+
+
 def collective_calls_seconds(setting: Setting, collective: Collective, ranks: Any, stride: Any) -> Any:
     """Seconds of all calls of a collective; ``num_bytes`` is the sum over the calls."""
     calls = np.asarray(collective.count, dtype=float)
+    if not calls.any():
+        return np.zeros_like(calls)
     each = np.asarray(collective.num_bytes, dtype=float) / np.maximum(calls, 1.0)
     seconds = collective_seconds(setting.cluster, collective.kind, ranks, stride, each, setting.stack.algorithms)
     return np.where(calls > 0, calls * (seconds + setting.collective_wait), 0.0)

@@ -10,7 +10,7 @@ import numpy as np
 from autopar.estimate.opcosts import UNFUSED, attention_kernel, local_attention
 from autopar.estimate.setting import Setting
 from autopar.graph import RECOMPUTE_MODULES, AttentionShape, Op, OpKind, SavedTensor, Split
-from autopar.shard import Degrees, activation_share, batch_scale, kept_bytes
+from autopar.shard import Degrees, activation_share, batch_scale, boundary_bytes, kept_bytes
 
 STATISTICS = ("statistics", "logsumexp")
 INTERMEDIATE = "act.intermediate"
@@ -82,6 +82,23 @@ def freed_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) -> list[A
             inside = inside + kept_bytes(made, setting.graph, degrees, setting.stack)
         freed.append(inside)
     return freed
+
+
+def op_level_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) -> Any:
+    """Bytes of a block that keeps its input, attention's result, and the result of every second product but the last.
+
+    Source: the policy of torchtitan's selective activation checkpointing.
+    """
+    products = [op for op in ops if op.kind in (OpKind.MATMUL, OpKind.GROUPED_MATMUL)]
+    total = boundary_bytes(setting.graph, degrees, setting.stack)
+    scale = batch_scale(setting.graph, degrees)
+    for op in products[:-1:2]:
+        total = total + op.output_bytes * activation_share(op.output_split, degrees, setting.stack) * scale
+    for op in ops:
+        if isinstance(op.shape, AttentionShape):
+            share = activation_share(op.output_split, degrees, setting.stack) * scale
+            total = total + op.output_bytes * share + _statistics(op.saved, setting, degrees)
+    return total
 
 
 def working_bytes(op: Op, setting: Setting, degrees: Degrees) -> Any:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.estimate.arrays import PlanArrays
+from autopar.estimate.arrays import SCHEDULE_CODES, PlanArrays
 from autopar.estimate.dataparallel import weight_groups
 from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
 from autopar.estimate.stages import RankWork
 from costmodels.memory import optimizer_bytes_per_parameter, sharded
-from costmodels.pipeline import in_flight
+from costmodels.pipeline import peak_in_flight
 
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "working", "buffers", "fragmentation", "reserve")
 OUTSIDE_ALLOCATED = ("fragmentation", "reserve")
@@ -117,7 +117,12 @@ def _boundary_working(plans: PlanArrays, boundary: Floats) -> Floats:
 
 def _in_flight(plans: PlanArrays, work: RankWork, m: Floats) -> Floats:
     ranks = np.arange(work.parameters.shape[1])[None, :]
-    return np.asarray(in_flight(ranks, plans.pp[:, None], m, plans.vp[:, None], all_forward_first=plans.gpipe[:, None]))
+    flight = np.empty_like(work.parameters)
+    for code in np.unique(plans.schedule):
+        hit = plans.schedule == code
+        name = SCHEDULE_CODES[int(code)].value
+        flight[hit] = peak_in_flight(name, ranks, plans.pp[hit, None], m[hit], plans.vp[hit, None])
+    return flight
 
 
 def _gathered_bytes(setting: Setting, plans: PlanArrays, work: RankWork) -> Floats:

@@ -114,6 +114,8 @@ def launches(op: Op, setting: Setting, degrees: Degrees) -> Any:
     """Kernels that the host launches for an operation's forward, in units of a plain operation."""
     calls = setting.stack.host.calls
     number: Any = calls.get(op.kind.value, 1.0)
+    if op.kind is OpKind.PERMUTE:
+        number = number + np.where(np.asarray(degrees.tp) > 1, calls.get("permute tensor parallel", 0.0), 0.0)
     if isinstance(op.shape, AttentionShape) and attention_kernel(setting) == UNFUSED:
         number = number + np.where(_softmax_fits(op, setting, degrees), 0.0, calls.get("plain softmax", 0.0))
     return number

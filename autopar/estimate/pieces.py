@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.estimate.arrays import Ints, PlanArrays
-from autopar.estimate.exchange import collective_calls_seconds, dispatch_seconds
-from autopar.estimate.kept import freed_bytes, section_kept_bytes, working_bytes
+from autopar.estimate.exchange import collective_calls_seconds, dispatch_seconds, merged
+from autopar.estimate.kept import freed_bytes, op_level_kept_bytes, section_kept_bytes, working_bytes
 from autopar.estimate.opcosts import launches, op_seconds
 from autopar.estimate.setting import Setting
 from autopar.graph import RECOMPUTE_MODULES, Op, OpGraph, OpKind, Split
@@ -106,9 +106,11 @@ class Prices:
 
 
 BY_MODULE = ("again", "again_calls", "freed")
+OP_LEVEL = "op_level"
+PRODUCTS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def sections(graph: OpGraph) -> tuple[Section, ...]:
     """Group equal blocks. Two blocks are equal if their operations are, names aside."""
     by_block: dict[int, list[Op]] = {}
@@ -195,7 +197,7 @@ def _price_section(setting: Setting, degrees: Degrees, part: Section, by_module:
         row["forward"] += forward
         row["backward"] += backward
         row["calls"] += calls
-        if op.kind in (OpKind.MATMUL, OpKind.GROUPED_MATMUL):
+        if op.kind in PRODUCTS:
             last_product = forward / number
         if op.module:
             module = RECOMPUTE_MODULES.index(op.module)
@@ -213,7 +215,7 @@ def _price_section(setting: Setting, degrees: Degrees, part: Section, by_module:
     if part.is_block(graph):
         row["kept_full"] += boundary_bytes(graph, degrees, stack)
         if by_module:
-            row["freed"] = np.stack(freed_bytes(part.ops, setting, degrees), axis=1)
+            _price_op_level(row, setting, degrees, part)
         early = stack.kernels.recompute_stops_early
         row["again_full"] = row["forward"] - (last_product if early else 0.0)
         row["again_tensor"] = row["tensor_forward"]
@@ -223,22 +225,40 @@ def _price_section(setting: Setting, degrees: Degrees, part: Section, by_module:
     return row
 
 
+def _price_op_level(row: dict[str, Any], setting: Setting, degrees: Degrees, part: Section) -> None:
+    """What recomputing by module frees; and recomputing operation by operation, attention and every second product
+    kept (torchtitan's selective checkpoint)."""
+    level = RECOMPUTE_MODULES.index(OP_LEVEL)
+    for op, number in part.priced:
+        if op.kind is OpKind.ATTENTION:
+            continue
+        share = 0.5 if op.kind in PRODUCTS else 1.0
+        row["again"][:, level] += share * op_seconds(op, setting, degrees, number)[0]
+        row["again_calls"][:, level] += share * launches(op, setting, degrees) * number
+    freed = freed_bytes(part.ops, setting, degrees)
+    freed[level] = row["kept"] - op_level_kept_bytes(part.ops, setting, degrees)
+    row["freed"] = np.stack(freed, axis=1)
+
+
 def _price_communication(row: dict[str, Any], setting: Setting, degrees: Degrees, part: Section) -> None:
     graph, stack = setting.graph, setting.stack
-    for collective in tensor_collectives(part.ops, graph, degrees, stack):
-        seconds = collective_calls_seconds(setting, collective, degrees.tp, 1)
-        row[f"tensor_{collective.phase}"] += seconds * stack.tensor.exposed
-        if collective.phase == "forward":
-            row["calls"] += collective.count * stack.host.calls.get("collective", 0.0)
-    for collective in context_collectives(part.ops, graph, degrees):
-        seconds = collective_calls_seconds(setting, collective, degrees.cp, degrees.tp)
-        row[f"context_{collective.phase}"] += seconds * stack.context.exposed
-    for collective in expert_collectives(part.ops, graph, degrees):
-        if collective.axis == "ep":
-            seconds = dispatch_seconds(setting, collective, degrees) * stack.experts.exposed
-        else:
-            seconds = collective_calls_seconds(setting, collective, degrees.etp, 1)
-        row[f"expert_{collective.phase}"] += seconds
+    if np.any(np.asarray(degrees.tp) > 1):
+        for collective in merged(tensor_collectives(part.ops, graph, degrees, stack)):
+            seconds = collective_calls_seconds(setting, collective, degrees.tp, 1)
+            row[f"tensor_{collective.phase}"] += seconds * stack.tensor.exposed
+            if collective.phase == "forward":
+                row["calls"] += collective.count * stack.host.calls.get("collective", 0.0)
+    if np.any(np.asarray(degrees.cp) > 1):
+        for collective in context_collectives(part.ops, graph, degrees):
+            seconds = collective_calls_seconds(setting, collective, degrees.cp, degrees.tp)
+            row[f"context_{collective.phase}"] += seconds * stack.context.exposed
+    if np.any(np.asarray(degrees.ep) * np.asarray(degrees.etp) > 1):
+        for collective in expert_collectives(part.ops, graph, degrees):
+            if collective.axis == "ep":
+                seconds = dispatch_seconds(setting, collective, degrees) * stack.experts.exposed
+            else:
+                seconds = collective_calls_seconds(setting, collective, degrees.etp, 1)
+            row[f"expert_{collective.phase}"] += seconds
 
 
 def _count_parameters(row: dict[str, Any], setting: Setting, degrees: Degrees, part: Section) -> None:

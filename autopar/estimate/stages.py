@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.estimate.arrays import RECOMPUTE_CODES, Ints, PlanArrays, modules_mask
+from autopar.estimate.arrays import RECOMPUTE_CODES, SCHEDULE_CODES, Ints, PlanArrays, modules_mask
 from autopar.estimate.pieces import Floats, Prices, Section
-from autopar.plan import DEFAULT_MODULES, Recompute, even_split
+from autopar.plan import DEFAULT_MODULES, V_SCHEDULES, Recompute, even_split
 from costmodels.stack import Stack
 
 
@@ -64,18 +64,29 @@ class RankWork:
         return self.backward + self.recompute + self.backward_communication + self.stall * (2 / 3)
 
 
-def stage_groups(plans: PlanArrays) -> list[tuple[int, int, tuple[int, ...], Ints]]:
-    """Plans that divide the blocks alike: (pp, vp, stage_blocks by hand, indices)."""
-    groups: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
+StageKey = tuple[int, int, bool, tuple[int, ...]]
+
+
+def stage_groups(plans: PlanArrays) -> list[tuple[StageKey, Ints]]:
+    """Plans that divide the blocks alike: (pp, vp, V-shaped, stage_blocks by hand) and their indices."""
+    shaped = np.isin(plans.schedule, [SCHEDULE_CODES.index(name) for name in V_SCHEDULES])
+    groups: dict[StageKey, list[int]] = {}
     if not plans.stage_blocks:
-        keys = plans.pp * 1_000_000 + plans.vp
+        keys = np.stack([plans.pp, plans.vp, shaped.astype(np.int64)], axis=1)
+        distinct, inverse = (keys, np.zeros(1, dtype=np.int64)) if len(keys) == 1 else _distinct(keys)
         return [
-            (int(key) // 1_000_000, int(key) % 1_000_000, (), np.flatnonzero(keys == key)) for key in np.unique(keys)
+            ((int(pp), int(vp), bool(v_shaped), ()), np.flatnonzero(inverse == i))
+            for i, (pp, vp, v_shaped) in enumerate(distinct)
         ]
     for i in range(len(plans)):
-        key = (int(plans.pp[i]), int(plans.vp[i]), plans.stage_blocks.get(i, ()))
+        key = (int(plans.pp[i]), int(plans.vp[i]), bool(shaped[i]), plans.stage_blocks.get(i, ()))
         groups.setdefault(key, []).append(i)
-    return [(*key, np.asarray(indices)) for key, indices in groups.items()]
+    return [(key, np.asarray(indices)) for key, indices in groups.items()]
+
+
+def _distinct(keys: Ints) -> tuple[Ints, Ints]:
+    distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
+    return distinct, inverse.reshape(-1)
 
 
 def engine_split(num_blocks: int, num_stages: int, stack: Stack) -> tuple[int, ...]:
@@ -87,11 +98,12 @@ def engine_split(num_blocks: int, num_stages: int, stack: Stack) -> tuple[int, .
 
 
 def section_counts(
-    parts: Sequence[Section], num_blocks: int, pp: int, vp: int, blocks: tuple[int, ...], stack: Stack
+    parts: Sequence[Section], num_blocks: int, pp: int, vp: int, blocks: tuple[int, ...], stack: Stack,
+    *, v_shaped: bool = False,
 ) -> Floats:
     """How many pieces of each section every pipeline rank holds, [ranks, sections].
 
-    Virtual stages lie on the ranks in turn.
+    Virtual stages lie on the ranks in turn, those of V-shaped schedules there and back.
     """
     split = blocks or engine_split(num_blocks, pp * vp, stack)
     stage_of_block = np.repeat(np.arange(pp * vp), split)
@@ -99,7 +111,7 @@ def section_counts(
     for column, part in enumerate(parts):
         for block in part.blocks:
             stage = 0 if block < 0 else pp * vp - 1 if block >= num_blocks else stage_of_block[block]
-            counts[stage % pp, column] += 1
+            counts[2 * pp - 1 - stage if v_shaped and stage >= pp else stage % pp, column] += 1
     return counts
 
 

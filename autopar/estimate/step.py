@@ -7,15 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from autopar.estimate.arrays import PlanArrays
+from autopar.estimate.arrays import SCHEDULE_CODES, PlanArrays
 from autopar.estimate.dataparallel import copy_seconds, exposed_data_parallel, weight_groups
 from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
 from autopar.estimate.stages import RankWork
+from autopar.plan import V_SCHEDULES, ScheduleName
 from costmodels.collectives import collective_seconds
 from costmodels.compute import stream_seconds
 from costmodels.memory import optimizer_bytes_per_parameter, sharded
-from costmodels.pipeline import pipeline_seconds
+from costmodels.pipeline import pipeline_seconds, schedule_seconds
+
+WEIGHT_SHARE = 0.5
+"""Share of a backward that is the gradients of weights; exact for products, attention and norms have none."""
+SPLIT_BACKWARD = (ScheduleName.ZB_H1, ScheduleName.ZB_H2, *V_SCHEDULES)
 
 TERMS = (
     "forward", "backward", "recompute", "tensor_parallel", "context_parallel", "expert_parallel", "launch_bound",
@@ -51,16 +56,27 @@ def transfer_seconds(setting: Setting, plans: PlanArrays, boundary: Floats) -> F
     return np.asarray(np.where(plans.pp > 1, seconds + setting.collective_wait, 0.0))
 
 
-def closed_form_ends(plans: PlanArrays, work: RankWork, num_microbatches: Floats, transfer: Floats) -> PipelineEnds:
-    """Ends on processors of their own: the closed form for the first rank; later ranks end as many backwards sooner."""
-    passes = work.pass_seconds
-    end = pipeline_seconds(
-        passes.max(axis=1), passes.sum(axis=1), plans.pp, num_microbatches, plans.vp, transfer,
-        all_forward_first=plans.gpipe,
-    )  # fmt: skip
+def closed_form_ends(
+    setting: Setting, plans: PlanArrays, work: RankWork, num_microbatches: Floats, transfer: Floats
+) -> PipelineEnds:
+    """Ends on processors of their own: the schedule's closed form for the first rank.
+
+    Later ranks end as many backwards sooner, but where gradients of weights are put off to the end.
+    """
+    end = np.empty(len(plans))
+    for code in np.unique(plans.schedule):
+        hit = plans.schedule == code
+        name = SCHEDULE_CODES[int(code)]
+        later = WEIGHT_SHARE if name in SPLIT_BACKWARD else 0.0
+        backward = work.backward_seconds[hit]
+        end[hit] = schedule_seconds(
+            name.value, work.forward_seconds[hit], backward * (1 - later), backward * later, num_microbatches[hit],
+            plans.vp[hit], transfer[hit],
+        )  # fmt: skip
     sooner = (work.backward_seconds + transfer[:, None]) / plans.vp[:, None]
     before = np.cumsum(sooner, axis=1) - sooner
-    return PipelineEnds(ends=end[:, None] - before, sharing=np.zeros_like(before))
+    splits = np.isin(plans.schedule, [SCHEDULE_CODES.index(name) for name in SPLIT_BACKWARD])
+    return PipelineEnds(ends=end[:, None] - np.where(splits[:, None], 0.0, before), sharing=np.zeros_like(before))
 
 
 def step_terms(
@@ -120,9 +136,12 @@ def active_ranks(setting: Setting, plans: PlanArrays) -> int:
 def _accumulation(setting: Setting, work: RankWork, num_microbatches: Floats) -> Floats:
     """Adding every microbatch's gradients but the first to the sum: two reads and a write per weight.
 
-    A product that accumulates in its epilogue saves one of the reads.
+    A product that accumulates in its epilogue saves one of the reads; where products are priced with the bytes that
+    they move, these are among them.
     """
     times = (num_microbatches - 1)[:, None]
+    if setting.stack.kernels.fused_accumulation and setting.cluster.device.matmul.byte_cost:
+        return np.zeros_like(times * work.parameters)
     moved = (2 if setting.stack.kernels.fused_accumulation else 3) * setting.gradient_bytes * work.parameters
     each: Floats = np.asarray(stream_seconds(setting.cluster.device, moved, "elementwise", ops=0.0))
     return times * each

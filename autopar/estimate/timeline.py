@@ -11,11 +11,11 @@ from autopar.estimate.stages import rank_work, section_counts, with_overheads
 from autopar.estimate.step import transfer_seconds
 from autopar.plan import Plan
 from autopar.schedule.actions import Direction, build_schedule
-from autopar.schedule.simulate import Duration, Timeline, simulate, simulate_shared
+from autopar.schedule.simulate import Duration, Durations, Timeline, simulate, simulate_shared, with_halves
 from autopar.shard import boundary_bytes
 
 
-def stage_durations(setting: Setting, plan: Plan) -> dict[tuple[int, Direction], Duration]:
+def stage_durations(setting: Setting, plan: Plan) -> Durations:
     """Seconds of a microbatch's forward and backward in every virtual stage, recomputation in backward."""
     plans = to_arrays([plan])
     parts = sections(setting.graph)
@@ -35,7 +35,7 @@ def stage_durations(setting: Setting, plan: Plan) -> dict[tuple[int, Direction],
             float(work.backward[0, stage] + work.recompute[0, stage] + work.stall[0, stage] * (2 / 3)),
             float(work.backward_communication[0, stage]),
         )
-    return durations
+    return with_halves(durations)
 
 
 def boundary_transfer(setting: Setting, plans: PlanArrays) -> float:

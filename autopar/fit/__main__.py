@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--constants", type=Path, help="which constants are free; specs/fitted.toml by default")
     parser.add_argument("--only", default="", help="free only constants whose name contains this")
     parser.add_argument("--sources", default="", help="use only these sources, separated by commas")
-    parser.add_argument("--iterations", type=int, default=6)
+    parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--no-leave-out", action="store_true", help="do not refit without each model")
     parser.add_argument("--write", action="store_true", help="write values and origins into the specifications")

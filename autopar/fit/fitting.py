@@ -67,7 +67,7 @@ def fit(
     cases: Sequence[Case] | Problem,
     constants: Sequence[Constant],
     *,
-    iterations: int = 6,
+    iterations: int = 10,
     noise: float = NOISE,
     source_cap: float = SOURCE_CAP,
     processes: int = 2,
@@ -78,7 +78,7 @@ def fit(
     Args:
         cases: runs, or runs made ready by ``prepare`` (so that several fits share their graphs).
         constants: what is free.
-        iterations: of Gauss-Newton at most; each costs one pricing of a run per constant that it depends on.
+        iterations: steps at most; a few of them cost one pricing of a run per constant that it depends on.
         noise, source_cap: see the module's constants.
         processes: that share the pricing.
         skip: ids of runs that are priced but do not move anything (distrusted ones).
@@ -149,6 +149,10 @@ class Residuals:
     observations: tuple[Observation, ...]
     processes: int = 2
 
+    @property
+    def _of_memory(self) -> bool:
+        return any(o.quantity is Quantity.MEMORY for o in self.observations)
+
     def components(self, x: Floats) -> Components:
         """Specifications with the values at ``x``."""
         return load_components(self.problem, spec_values(self.constants, values_at(self.constants, x)))
@@ -157,10 +161,14 @@ class Residuals:
         """Residuals, [observations]."""
         return self._log_errors(self._priced(self.components(x)))
 
-    def update(self, residuals: Floats, old: Floats, new: Floats) -> Floats:
-        """Residuals at ``new`` from those at ``old``; only runs that the difference touches are priced."""
+    def update(self, residuals: Floats, old: Floats, new: Floats, only: frozenset[int] | None = None) -> Floats:
+        """Residuals at ``new`` from those at ``old``; only runs that the difference touches are priced.
+
+        ``only`` names cases: groups without any of them keep their residuals as well.
+        """
         here, there = self.components(old), self.components(new)
-        found = self._log_errors(self._price(touched(self.problem, here, there), there))
+        groups = [g for g in touched(self.problem, here, there) if only is None or not only.isdisjoint(g.indices)]
+        found = self._log_errors(self._price(groups, there))
         return np.where(np.isnan(found), residuals, found)
 
     def jacobian(self, x: Floats, residuals: Floats) -> Floats:
@@ -169,18 +177,24 @@ class Residuals:
         low, high = (np.asarray(side) for side in zip(*(c.bounds for c in self.constants), strict=True))
 
         def column(index: int) -> Floats:
+            constant = self.constants[index]
             step = STEP if x[index] + STEP <= high[index] else -STEP
             if x[index] + step < low[index]:
                 return np.zeros(len(residuals))
             moved = x.copy()
             moved[index] += step
             there = self.components(moved)
-            found = self._log_errors(self._price(touched(self.problem, here, there), there))
+            groups = [group for group in touched(self.problem, here, there) if self._moves(constant, group)]
+            memory = constant.quantity is Quantity.MEMORY
+            found = self._log_errors(self._price(groups, there, memory=memory))
             slope = np.where(np.isnan(found), 0.0, (found - residuals) / step)
-            return slope * self._mask(self.constants[index])
+            return slope * self._mask(constant)
 
         columns = fork_map(column, range(len(self.constants)), self.processes)
         return np.stack(columns, axis=1)
+
+    def _moves(self, constant: Constant, group: Group) -> bool:
+        return constant.applies_to(self.problem.cases[group.indices[0]].source)
 
     def _mask(self, constant: Constant) -> Floats:
         return np.asarray(
@@ -197,10 +211,12 @@ class Residuals:
             found.update(priced)
         return found
 
-    def _price(self, groups: Sequence[Group], components: Components) -> dict[int, tuple[float, float]]:
+    def _price(
+        self, groups: Sequence[Group], components: Components, *, memory: bool = True
+    ) -> dict[int, tuple[float, float]]:
         found: dict[int, tuple[float, float]] = {}
         for group in groups:
-            costs = evaluate(self.problem, group, components)
+            costs = evaluate(self.problem, group, components, memory=memory and self._of_memory)
             pairs = zip(costs.step_s.tolist(), costs.memory_bytes.tolist(), strict=True)
             found.update(zip(group.indices, pairs, strict=True))
         return found

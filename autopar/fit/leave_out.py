@@ -1,14 +1,13 @@
 """What the fit would have said of runs that it had not seen.
 
 A part of the runs is left out and the constants are fitted anew, from the full solution by chord steps: the Jacobian
-stays, the residuals are computed anew, so that a refit costs a few pricings instead of a fit. The Jacobian of the full
-fit is that of the refit to first order in the step; where a step is large, ``renew_beyond`` computes it anew.
+stays, so that a refit costs a few pricings of the runs that it leaves out. That is exact to first order in the step; a
+refit that goes far is the less exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +22,9 @@ from autopar.fit.solve import linear_minimum
 Floats = NDArray[np.float64]
 
 Key = Hashable
+
+CHORDS = 3
+"""Steps of a refit at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,38 +67,36 @@ def model_keys(cases: Sequence[Case]) -> tuple[Key, ...]:
     return tuple(variant(case) if len(models[case.source]) == 1 else architecture(case) for case in cases)
 
 
-def leave_out(
-    result: FitResult, keys: Sequence[Key], *, chords: int = 2, renew_beyond: float = math.inf, processes: int = 2
-) -> LeftOut:
+def leave_out(result: FitResult, keys: Sequence[Key], *, far: float = 0.05, processes: int = 2) -> LeftOut:
     """Refit without each part in turn and predict it.
 
     Args:
         result: the fit on everything.
         keys: the part of each case of the problem.
-        chords: steps with the fit's Jacobian; 1 trusts it entirely.
-        renew_beyond: step in a logarithm from which on the part gets a Jacobian of its own.
+        far: step in a logarithm up to which the fit's linearisation is trusted for the runs that stay; beyond it they
+            are priced anew and the refit takes a second chord step.
         processes: that share the parts.
     """
     of_observation = tuple(keys[o.case] for o in result.observations)
     model = Residuals(problem=result.problem, constants=result.constants, observations=result.observations, processes=1)
     parts = list(dict.fromkeys(of_observation))
+    start, fitted, jacobian = result.solution.x, result.solution.residuals, result.solution.jacobian
 
     def refit(part: Key) -> tuple[Floats, Floats]:
         inside = np.asarray([key == part for key in of_observation])
         terms = dataclasses.replace(result.terms, weights=np.where(inside, 0.0, result.terms.weights))
-        x, residuals, jacobian = result.solution.x, result.solution.residuals, result.solution.jacobian
-        for _ in range(chords):
+        x, residuals = start, fitted
+        for _ in range(CHORDS):
             moved = linear_minimum(terms, x, residuals, jacobian)
-            step = float(np.max(np.abs(moved - x)))
-            if step < 1e-5:
-                break
+            near = float(np.max(np.abs(moved - x))) < far
+            if near:
+                left = frozenset(o.case for o, is_left in zip(result.observations, inside, strict=True) if is_left)
+                return moved, model.update(residuals, x, moved, only=left)
             x, residuals = moved, model.update(residuals, x, moved)
-            if step > renew_beyond:
-                jacobian = model.jacobian(x, residuals)
         return x, residuals
 
     found = fork_map(refit, parts, processes)
-    residuals = result.solution.residuals.copy()
+    residuals = fitted.copy()
     for part, (_, priced) in zip(parts, found, strict=True):
         inside = np.asarray([key == part for key in of_observation])
         residuals[inside] = priced[inside]

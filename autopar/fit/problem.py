@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.errors import InputError
-from autopar.estimate import Costs, PlanArrays, Setting, estimate_many, to_arrays
+from autopar.estimate import Costs, PlanArrays, Setting, estimate, estimate_many, to_arrays
 from autopar.graph import OpGraph
 from autopar.model.build import build_graph
 from autopar.model.spec import ModelSpec
@@ -54,7 +54,12 @@ class Case(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Runs that differ in their plans only; ``indices`` are those of the cases."""
+    """Runs of one source that differ in their plans only.
+
+    Attributes:
+        indices: of the cases.
+        costs: without trial values.
+    """
 
     graph: OpGraph
     workload: Workload
@@ -62,6 +67,7 @@ class Group:
     stack: str
     plans: PlanArrays
     indices: tuple[int, ...]
+    costs: Costs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,55 +127,92 @@ def prepare(cases: Sequence[Case]) -> Problem:
         except InputError as error:
             failures[index] = str(error)
             continue
-        kept.setdefault((model, case.workload, repr(case.cluster), case.stack), []).append(index)
+        kept.setdefault((model, case.workload, repr(case.cluster), case.stack, case.source), []).append(index)
     groups = []
-    for (model, workload, _, stack), indices in kept.items():
+    for (_, workload, _, stack, _), indices in kept.items():
         first = cases[indices[0]]
         arrays = to_arrays([cases[i].plan for i in indices])
+        model = (first.spec, workload.seq_len, workload.precision)
         setting = Setting(graph=graphs[model], workload=workload, cluster=first.cluster, stack=load_stack(stack))
-        good = _priceable(setting, arrays, indices, failures)
+        good, costs = _priceable(setting, arrays, indices, failures)
         if good:
+            arrays = to_arrays([cases[i].plan for i in good])
+            costs = _measured_ranks(setting, [cases[i] for i in good], costs)
             groups.append(
                 Group(
-                    graph=setting.graph, workload=workload, cluster=first.cluster, stack=stack,
-                    plans=to_arrays([cases[i].plan for i in good]), indices=tuple(good),
+                    graph=setting.graph, workload=workload, cluster=first.cluster, stack=stack, plans=arrays,
+                    indices=tuple(good), costs=costs,
                 )
             )  # fmt: skip
     return Problem(cases=tuple(cases), groups=tuple(groups), failures=failures, components=_load_components(groups, {}))
 
 
-def _priceable(setting: Setting, plans: PlanArrays, indices: list[int], failures: dict[int, str]) -> list[int]:
-    """Indices whose plans can be priced; the others are added to ``failures``.
+def _priceable(
+    setting: Setting, plans: PlanArrays, indices: list[int], failures: dict[int, str]
+) -> tuple[list[int], Costs]:
+    """Indices whose plans can be priced, with their costs; the others are added to ``failures``.
 
     Any exception counts: one run of a file that nobody has seen must not end the rest.
     """
     try:
-        if np.all(np.isfinite(estimate_many(setting, plans).step_s)):
-            return indices
+        costs = estimate_many(setting, plans)
+        if np.all(np.isfinite(costs.step_s)):
+            return indices, costs
     except Exception:
         pass
-    good = []
+    good, found = [], []
     for position, index in enumerate(indices):
         try:
-            found = estimate_many(setting, to_arrays([plans.plan(position)]))
+            costs = estimate_many(setting, to_arrays([plans.plan(position)]))
         except Exception as error:
             failures[index] = f"cannot be priced: {type(error).__name__}: {error}"
             continue
-        if np.isfinite(found.step_s[0]):
+        if np.isfinite(costs.step_s[0]):
             good.append(index)
+            found.append(costs)
         else:
-            failures[index] = f"cannot be priced: the estimate is {found.step_s[0]}"
-    return good
+            failures[index] = f"cannot be priced: the estimate is {costs.step_s[0]}"
+    return good, _joined(found)
+
+
+def _joined(costs: Sequence[Costs]) -> Costs:
+    def together(parts: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
+        return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else {})}
+
+    return Costs(
+        step_s=np.concatenate([np.zeros(0), *(c.step_s for c in costs)]),
+        memory_bytes=np.concatenate([np.zeros(0), *(c.memory_bytes for c in costs)]),
+        terms=together([c.terms for c in costs]),
+        memory=together([c.memory for c in costs]),
+    )
+
+
+def _measured_ranks(setting: Setting, cases: Sequence[Case], costs: Costs) -> Costs:
+    """Memory of the pipeline rank that was measured, where that is not the fullest."""
+    of_rank = {
+        "first": lambda held: held[0],
+        "last": lambda held: held[-1],
+        "ends": lambda held: max(held[0], held[-1]),
+    }
+    memory = costs.memory_bytes
+    for position, case in enumerate(cases):
+        rank = getattr(case, "memory_rank", "max")
+        if rank in of_rank and case.measured_memory_gib and case.plan.layout.pp > 1:
+            held = estimate(setting, case.plan).memory_per_rank
+            memory = memory if memory is not costs.memory_bytes else memory.copy()
+            memory[position] = of_rank[rank](held)
+    return dataclasses.replace(costs, memory_bytes=memory)
 
 
 def predict(problem: Problem, values: Mapping[SpecPath, float] | None = None) -> Predictions:
     """Price every case, with ``values`` in place of the numbers at their paths."""
     components = load_components(problem, values or {})
+    again = {id(group) for group in touched(problem, problem.components, components)}
     step, memory = np.full(len(problem.cases), np.nan), np.full(len(problem.cases), np.nan)
     terms: dict[str, Floats] = {}
     items: dict[str, Floats] = {}
     for group in problem.groups:
-        costs = evaluate(problem, group, components)
+        costs = evaluate(problem, group, components) if id(group) in again else group.costs
         indices = list(group.indices)
         step[indices], memory[indices] = costs.step_s, costs.memory_bytes
         for parts, found in ((terms, costs.terms), (items, costs.memory)):
@@ -178,9 +221,11 @@ def predict(problem: Problem, values: Mapping[SpecPath, float] | None = None) ->
     return Predictions(step_s=step, memory_bytes=memory, terms=terms, items=items)
 
 
-def evaluate(problem: Problem, group: Group, components: Components) -> Costs:
-    """Price one group under ``components``."""
-    return estimate_many(_setting(problem, group, components), group.plans)
+def evaluate(problem: Problem, group: Group, components: Components, *, memory: bool = True) -> Costs:
+    """Price one group under ``components``; without ``memory`` that of the fullest rank is given for every case."""
+    setting = _setting(problem, group, components)
+    costs = estimate_many(setting, group.plans)
+    return _measured_ranks(setting, [problem.cases[i] for i in group.indices], costs) if memory else costs
 
 
 def _setting(problem: Problem, group: Group, components: Components) -> Setting:
@@ -248,11 +293,16 @@ def touched(problem: Problem, old: Components, new: Components) -> tuple[Group, 
     """Groups that are priced otherwise under ``new`` than under ``old``."""
 
     def differs(group: Group) -> bool:
-        name, fabric = group.cluster.device.name, group.cluster.network_link.name
-        return (
-            old.stacks[group.stack] != new.stacks[group.stack]
-            or old.devices.get(name) != new.devices.get(name)
-            or old.fabrics.get(fabric) != new.fabrics.get(fabric)
-        )
+        cluster = group.cluster
+        here, there = old.devices.get(cluster.device.name), new.devices.get(cluster.device.name)
+        machines = [(m.device, m.node_link) if m else None for m in (here, there)]
+        if old.stacks[group.stack] != new.stacks[group.stack] or machines[0] != machines[1]:
+            return True
+        fabric = cluster.network_link.name
+        networks = [
+            components.fabrics.get(fabric, machine.network_link if machine else None)
+            for components, machine in ((old, here), (new, there))
+        ]
+        return cluster.world_size > cluster.domain and networks[0] != networks[1]
 
     return tuple(group for group in problem.groups if differs(group))

@@ -63,13 +63,16 @@ def linear_minimum(terms: Terms, x: Floats, residuals: Floats, jacobian: Floats,
     for _ in range(rounds):
         now = residuals + jacobian @ (y - x)
         row = np.sqrt(terms.weights / np.sqrt(1 + (now / terms.noise) ** 2)) / terms.noise
-        matrix = np.vstack([row[:, None] * jacobian, np.diag(1 / terms.sigma)])[:, free]
-        target = -np.concatenate([row * now, y / terms.sigma])
+        matrix = row[:, None] * jacobian[:, free]
+        normal = matrix.T @ matrix + np.diag(1 / terms.sigma[free] ** 2)
+        target = -(matrix.T @ (row * now) + y[free] / terms.sigma[free] ** 2)
+        # A square root of the normal matrix: as many rows as unknowns, however many runs there are.
+        root = np.linalg.cholesky(normal).T
         bounds = ((terms.low - y)[free] - 1e-12, (terms.high - y)[free] + 1e-12)
         step = np.zeros_like(y)
-        step[free] = lsq_linear(matrix, target, bounds=bounds).x
+        step[free] = lsq_linear(root, np.linalg.solve(root.T, target), bounds=bounds).x
         y = np.clip(y + step, terms.low, terms.high)
-        if np.max(np.abs(step)) < 1e-6:
+        if np.max(np.abs(step)) < 1e-5:
             break
     return y
 
@@ -79,37 +82,40 @@ def minimise(
     residuals_at: Callable[[Floats], Floats],
     jacobian_at: Callable[[Floats, Floats], Floats],
     *,
-    iterations: int = 8,
-    tolerance: float = 1e-4,
+    iterations: int = 12,
+    tolerance: float = 1e-3,
 ) -> Solution:
-    """Gauss-Newton with halved steps from x = 0.
+    """Gauss-Newton with chord steps from x = 0: the Jacobian stays while it helps, since it costs most.
 
     Args:
         terms: weights, noise, prior, bounds.
         residuals_at: x -> [rows].
         jacobian_at: x and the residuals there -> [rows, unknowns].
         iterations: at most.
-        tolerance: stop once the objective falls by less than this share.
+        tolerance: share of the objective by which a step must lower it.
     """
     x = np.clip(np.zeros_like(terms.sigma), terms.low, terms.high)
     residuals = residuals_at(x)
     jacobian = jacobian_at(x, residuals)
-    best = objective(terms, x, residuals)
-    done = 0
+    best, fresh, done = objective(terms, x, residuals), True, 0
     while done < iterations:
         done += 1
         goal = linear_minimum(terms, x, residuals, jacobian)
-        for share in (1.0, 0.5, 0.25, 0.1):
+        gain = 0.0
+        for share in (1.0, 0.5, 0.2):
             trial = x + share * (goal - x)
             found = residuals_at(trial)
             value = objective(terms, trial, found)
             if value < best:
+                gain = best - value
+                x, residuals, best = trial, found, value
                 break
+        if gain < tolerance * max(best, 1e-12):
+            if fresh:
+                break
+            jacobian, fresh = jacobian_at(x, residuals), True
         else:
-            break
-        small = best - value < tolerance * max(best, 1e-12)
-        x, residuals, best = trial, found, value
-        if small:
-            break
+            fresh = False
+    if not fresh:
         jacobian = jacobian_at(x, residuals)
     return Solution(x=x, residuals=residuals, jacobian=jacobian, objective=best, iterations=done)

@@ -78,6 +78,8 @@ class ModelSpec:
         mtp_layers: extra blocks that predict tokens further ahead (multi-token prediction).
         window: tokens that a token sees in every second block, the first among them; 0 for all.
         qk_norm: queries and keys are normalised per head.
+        clamped_activation: the gated activation clamps both its inputs and adds one to the linear one (GPT-OSS), which
+            engines compute operation by operation.
         dropout: attention probabilities and the results of attention and feed-forward are dropped in training.
     """
 
@@ -106,6 +108,7 @@ class ModelSpec:
     mtp_layers: int = 0
     window: int = 0
     qk_norm: bool = False
+    clamped_activation: bool = False
     dropout: bool = False
 
     def __post_init__(self) -> None:

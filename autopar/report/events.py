@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from autopar.errors import InputError
+from autopar.errors import InputError, PlanError
 from autopar.estimate import Estimate, Setting, timeline, to_arrays
 from autopar.estimate.timeline import boundary_transfer, stage_durations
 from autopar.measurement import Measurement, Span
 from autopar.plan import Plan
-from autopar.schedule.actions import Action, Direction
+from autopar.schedule.actions import V_SHAPED, Action, Direction
+from autopar.schedule.notation import parse_action, rank_of_stage
 from autopar.schedule.simulate import TimedAction
 from autopar.shard import Degrees, boundary_bytes, local_parameters
 
@@ -106,7 +107,14 @@ def _pass(rank: int, timed: TimedAction, communication: float, stretch: float) -
 
 def _sends(action: Action, plan: Plan) -> bool:
     """Whether an action's result goes to another pipeline rank."""
-    return action.stage < plan.num_stages - 1 if action.direction is Direction.FORWARD else action.stage > 0
+    if action.direction is Direction.BACKWARD_WEIGHT:
+        return False
+    other = action.stage + (1 if action.direction is Direction.FORWARD else -1)
+    return 0 <= other < plan.num_stages and _place_of_stage(other, plan) != _place_of_stage(action.stage, plan)
+
+
+def _place_of_stage(stage: int, plan: Plan) -> int:
+    return rank_of_stage(stage, plan.layout.pp, plan.schedule in V_SHAPED)
 
 
 def _boundary_bytes(setting: Setting, plan: Plan) -> int:
@@ -146,7 +154,7 @@ def _weights(setting: Setting, plan: Plan, place: int) -> float:
 
     def place_of(block: int) -> int:
         stage = 0 if block < 0 else plan.num_stages - 1 if block >= graph.num_blocks else stage_of_block[block]
-        return stage % plan.layout.pp
+        return _place_of_stage(stage, plan)
 
     ops = [op for op in graph.ops if place_of(op.block) == place]
     return float(local_parameters(ops, _degrees(plan), setting.stack))
@@ -179,7 +187,7 @@ def _measured(rank: int, span: Span) -> Event:
 
 
 def _action_args(name: str) -> dict[str, Value]:
-    stage, separator, microbatch = name.replace("B", "F").partition("F")
-    if separator and stage.isdigit() and microbatch.isdigit():
-        return {"stage": int(stage), "microbatch": int(microbatch)}
-    return {}
+    try:
+        return _place(parse_action(name))
+    except PlanError:
+        return {}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autopar.report.columns import Column, terminal_table
-from autopar.report.names import TERM_LABELS
+from autopar.report.names import MEMORY_LABELS, TERM_LABELS
 from autopar.report.numbers import signed_percent, significant
 from autopar.validate.runs import RunsValidation, SourceSummary, ValidatedRow
 
@@ -42,20 +42,18 @@ def sources_table(found: RunsValidation, *, width: int = 120) -> RenderableType:
 
 
 def worst_rows(rows: Sequence[ValidatedRow], number: int = WORST) -> list[ValidatedRow]:
-    """Rows whose step time (or memory, where no time was measured) is furthest off, the worst first."""
-    known = [(abs(e), row) for row in rows if (e := _error_of(row)) is not None]
-    return [row for _, row in sorted(known, key=lambda pair: -pair[0])[:number]]
+    """Rows whose step time is furthest off, the worst first; by memory where no row has a time."""
+    timed = [(abs(row.time_error), row) for row in rows if row.time_error is not None]
+    held = [(abs(row.memory_error), row) for row in rows if row.memory_error is not None]
+    return [row for _, row in sorted(timed or held, key=lambda pair: -pair[0])[:number]]
 
 
-def _error_of(row: ValidatedRow) -> float | None:
-    return row.memory_error if row.time_error is None else row.time_error
-
-
-def largest_terms(row: ValidatedRow, number: int = 2) -> str:
-    """The largest parts of a predicted step with their shares: ``backward 45%, forward 22%``."""
-    whole = sum(row.terms.values()) or 1.0
-    largest = sorted(row.terms.items(), key=lambda pair: -pair[1])[:number]
-    return ", ".join(f"{TERM_LABELS.get(name, name)} {value / whole:.0%}" for name, value in largest)
+def largest_parts(parts: Mapping[str, float], number: int = 2) -> str:
+    """The largest parts of a predicted step or peak with their shares: ``backward 45%, forward 22%``."""
+    whole = sum(parts.values()) or 1.0
+    largest = sorted(parts.items(), key=lambda pair: -pair[1])[:number]
+    names = {**MEMORY_LABELS, **TERM_LABELS}
+    return ", ".join(f"{names.get(name, name)} {value / whole:.0%}" for name, value in largest)
 
 
 def worst_columns(rows: Sequence[ValidatedRow]) -> list[Column]:
@@ -64,14 +62,22 @@ def worst_columns(rows: Sequence[ValidatedRow]) -> list[Column]:
     def cells(values: Sequence[float | None]) -> tuple[str, ...]:
         return tuple("" if value is None else significant(value) for value in values)
 
+    timed = all(row.time_error is not None for row in rows)
+    if timed:
+        unit, predicted, measured = "s", [row.predicted_s for row in rows], [row.measured_s for row in rows]
+    else:
+        unit = "GiB"
+        predicted, measured = [row.predicted_memory_gib for row in rows], [row.measured_memory_gib for row in rows]
+    errors = [(row.time_error if timed else row.memory_error) or 0.0 for row in rows]
+    parts = [largest_parts(row.terms if timed else row.memory_items) for row in rows]
     return [
         Column(header="run", cells=tuple(row.id for row in rows), text=True),
         Column(header="plan", cells=tuple(row.slug for row in rows), text=True, code=True, drop=2),
         Column(header="stack", cells=tuple(row.stack for row in rows), text=True, drop=3),
-        Column(header="predicted s", cells=cells([row.predicted_s for row in rows])),
-        Column(header="measured s", cells=cells([row.measured_s for row in rows])),
-        Column(header="error", cells=tuple(signed_percent(_error_of(row) or 0.0, 0) for row in rows)),
-        Column(header="most of the step", cells=tuple(largest_terms(row) for row in rows), text=True, drop=1),
+        Column(header=f"predicted {unit}", cells=cells(predicted)),
+        Column(header=f"measured {unit}", cells=cells(measured)),
+        Column(header="error", cells=tuple(signed_percent(error, 0) for error in errors)),
+        Column(header="most of it", cells=tuple(parts), text=True, drop=1),
     ]
 
 

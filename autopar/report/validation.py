@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from autopar.report.plots.runs import (
     runs_overview,
     runs_scatter,
 )  # fmt: skip
-from autopar.report.runs_tables import largest_terms, write_rows
+from autopar.report.runs_tables import largest_parts, write_rows
 from autopar.report.style import save_png
 from autopar.validate.bands import bands_toml
 from autopar.validate.bars import BARS, Bar
@@ -50,6 +50,12 @@ def write_validation_report(study: Study, folder: Path) -> list[Path]:
 def title_of(source: str) -> str:
     """A source as readers know it."""
     return next((bar.name for bar in BARS if bar.source == source), source)
+
+
+def in_order(sources: Iterable[str]) -> list[str]:
+    """Sources in the order of the goals, those without one last."""
+    order = list(dict.fromkeys(bar.source for bar in BARS))
+    return sorted(sources, key=lambda source: order.index(source) if source in order else len(order))
 
 
 def goal_of(source: str, what: str) -> float | None:
@@ -93,14 +99,15 @@ def _plots(study: Study, folder: Path) -> list[Path]:
     ):
         if not judged:
             continue
-        panels = [points_of(study, source, quantity) for source in judged]
-        goals = [goal_of(source, "time" if quantity is Quantity.TIME else "memory") for source in judged]
+        sources = in_order(judged)
+        panels = [points_of(study, source, quantity) for source in sources]
+        goals = [goal_of(source, prefix) for source in sources]
         save(f"{prefix}-overview", runs_overview(panels, title=f"Predicted against measured {what}"))
-        save(f"{prefix}-errors", error_strips(panels, goals))
-        for source, points in zip(judged, panels, strict=True):
+        save(f"{prefix}-errors", error_strips(panels, goals, title=f"{what.capitalize()}: errors of single runs"))
+        for source, points in zip(sources, panels, strict=True):
             save(f"{prefix}-{source}", runs_scatter(points, what=what))
     if study.time:
-        save("goals", errors_and_goals([_line(source, judged) for source, judged in study.time.items()]))
+        save("goals", errors_and_goals([_line(source, study.time[source]) for source in in_order(study.time)]))
     return files
 
 
@@ -156,6 +163,7 @@ def readme(study: Study) -> str:
         "runs, so that truly unseen engines will be predicted somewhat worse.",
         "![errors and goals](plots/goals.png)",
         "## Goals",
+        "Step times with the model left out of the fit. Memory as shipped where no constant is fitted on memory.",
         markdown_table(goal_columns(study.bars)),
         "## Step time by source",
         markdown_table(judged_columns(study.time)),
@@ -163,6 +171,8 @@ def readme(study: Study) -> str:
         "of the left-out runs lie in bands made of the others."
         if np.isfinite(study.coverage)
         else "",
+        "Points below: single runs, their model left out of the fit (diamonds: beyond 40 percent); black: median and "
+        "quartiles; grey: the goal for the mean absolute error.",
         "![errors of single runs](plots/time-errors.png)",
         "![predicted against measured](plots/time-overview.png)",
         "## Memory by source",
@@ -185,8 +195,8 @@ def readme(study: Study) -> str:
 def goal_columns(bars: Sequence[tuple[Bar, float | None]]) -> list[Column]:
     """Goals and what was reached."""
     what = {
-        "time": "step time, model left out",
-        "memory": "memory, model left out",
+        "time": "step time",
+        "memory": "memory",
         "calibrated": "step time, one run per width, tp and microbatch measured",
         "source left out": "step time, source left out, mean over sources",
         "memory difference": "difference of memory between two plans",
@@ -206,7 +216,7 @@ def goal_columns(bars: Sequence[tuple[Bar, float | None]]) -> list[Column]:
 
 def judged_columns(judged: Any, *, rival: bool = True) -> list[Column]:
     """Errors by source in percent."""
-    found = list(judged.items())
+    found = [(source, judged[source]) for source in in_order(judged)]
 
     def cells(pick: Any, text: str = "{:.1f}") -> tuple[str, ...]:
         return tuple("" if (value := pick(j)) is None else text.format(value) for _, j in found)
@@ -242,7 +252,7 @@ def worst_columns(study: Study, number: int = WORST) -> list[Column]:
         Column(header="predicted s", cells=tuple(significant(guess) for _, guess, _ in found)),
         Column(header="measured s", cells=tuple(significant(row.measured_s or 0) for _, _, row in found)),
         Column(header="error", cells=tuple(signed_percent(error, 0) for error, _, _ in found)),
-        Column(header="most of the step", cells=tuple(largest_terms(row, 3) for _, _, row in found), text=True),
+        Column(header="most of the step", cells=tuple(largest_parts(row.terms, 3) for _, _, row in found), text=True),
     ]
 
 

@@ -5,6 +5,19 @@ writes rows. ``read_torchtitan_log`` and ``read_megatron_log`` make rows of what
 """
 
 from autopar.runs.interpret import Coverage, RunCase, Unsupported, coverage, interpret
+from autopar.runs.log_megatron import read_megatron_log
+from autopar.runs.log_torchtitan import read_torchtitan_log
 from autopar.runs.rows import RunRow, read_runs, write_runs
 
-__all__ = ["Coverage", "RunCase", "RunRow", "Unsupported", "coverage", "interpret", "read_runs", "write_runs"]
+__all__ = [
+    "Coverage",
+    "RunCase",
+    "RunRow",
+    "Unsupported",
+    "coverage",
+    "interpret",
+    "read_megatron_log",
+    "read_runs",
+    "read_torchtitan_log",
+    "write_runs",
+]

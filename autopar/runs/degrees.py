@@ -51,7 +51,7 @@ def read_degrees(row: RunRow, engine: Engine) -> Read[Degrees]:
     elif dp is None or tp * pp * cp * dp != count:
         dp, assumed = _repair_replicas(tp, pp, cp, dp, count)
     vp = (row.vp or find_int(words, r"\bvpp? ?(\d+) run") or 1) if pp > 1 else 1
-    ep, etp, more = _experts(row, engine, words, tp * cp * dp)
+    ep, etp, more = _experts(row, words, tp * cp * dp)
     return Degrees(tp=tp, cp=cp, pp=pp, vp=vp, dp=dp, ep=ep, etp=etp, counted=counted), (*assumed, *more)
 
 
@@ -92,8 +92,8 @@ def _repair_replicas(tp: int, pp: int, cp: int, dp: int | None, count: int) -> R
     raise CannotRead(f"tp={tp} * pp={pp} * cp={cp} does not divide {count} devices")
 
 
-def _experts(row: RunRow, engine: Engine, words: str, stage: int) -> tuple[int, int, tuple[str, ...]]:
-    """(ep, etp, assumptions). Megatron-Core divides experts over tp ranks unless told otherwise."""
+def _experts(row: RunRow, words: str, stage: int) -> tuple[int, int, tuple[str, ...]]:
+    """(ep, etp, assumptions). Megatron-Core's command line divides experts over tp ranks unless told otherwise."""
     assumed: list[str] = []
     ep = row.ep or find_int(words, r"(?<![a-z])ep ?=? ?(\d+)") or 1
     if row.n_experts is not None and row.n_experts % ep:
@@ -102,7 +102,7 @@ def _experts(row: RunRow, engine: Engine, words: str, stage: int) -> tuple[int, 
     etp = find_int(words, r"etp ?=? ?(\d+)")
     flags = has(words, r"flags:")
     if etp is None:
-        etp = row.tp or 1 if (engine.expert_tensor_parallel or flags) and (row.n_experts or 0) > 1 else 1
+        etp = (row.tp or 1) if flags else 1
         if etp > 1 and stage % (ep * etp):
             etp = 1
     if stage % (ep * etp) and stage % ep == 0:
@@ -115,6 +115,6 @@ def _experts(row: RunRow, engine: Engine, words: str, stage: int) -> tuple[int, 
     return ep, etp, tuple(assumed)
 
 
-def without_virtual_stages(degrees: Degrees, vp: int) -> Degrees:
+def with_virtual_stages(degrees: Degrees, vp: int) -> Degrees:
     """The same degrees with another number of virtual stages."""
     return replace(degrees, vp=vp if degrees.pp > 1 else 1)

@@ -21,7 +21,6 @@ class Engine:
         zero_stage: data parallel sharding.
         recompute: ``none``, ``selective`` or ``full``.
         sequence_parallel: with tensor parallelism.
-        expert_tensor_parallel: experts are divided over tp ranks too.
         dropout: GPT-like models are trained with dropout.
         multi_token: models that have multi-token prediction are trained with it.
     """
@@ -30,7 +29,6 @@ class Engine:
     zero_stage: int = 0
     recompute: str = "none"
     sequence_parallel: bool = True
-    expert_tensor_parallel: bool = False
     dropout: bool = False
     multi_token: bool = True
 
@@ -86,6 +84,8 @@ FRAMEWORKS: tuple[tuple[str, int, int, str, str], ...] = (
     (r"hugging ?face|transformers|accelerate", 0, 9999, "deepspeed", "Hugging Face is taken as DeepSpeed"),
 )
 
+BEFORE_FSDP = ("megatron-2020", "megatron-2021", "megatron-2022", "megatron-deepspeed")
+
 # (pattern of the row's words, variant); a variant counts where the stack has it.
 VARIANTS: tuple[tuple[str, str], ...] = (
     (r"cuda_graph=(?!none)[^;]*full_iteration|full[- ]iteration cuda graph", "cuda-graph-full"),
@@ -94,6 +94,7 @@ VARIANTS: tuple[tuple[str, str], ...] = (
     (r"a2a_overlap|a2a overlap(?! off)|ep overlap on|a2a_ovlp", "a2a-overlap"),
     (r"dispatcher[=: ]*(alltoall|allgather)|\b(alltoall|allgather) (fallback )?dispatcher", "plain-dispatcher"),
     (r"dispatcher[=: ]*deepep", "deepep"),
+    (r"dispatcher[=: ]*hybridep", "hybridep"),
     (r"async[- ]?tp\b|async tensor|tp-comm-overlap", "async-tp"),
     (r"\bno compile|without (torch\.)?compile|\beager(?! \+)", "no-compile"),
     (r"row-?wise", "fp8-rowwise"),
@@ -115,6 +116,8 @@ def read_engine(row: RunRow) -> Read[Engine]:
             assumed.append("year of the software unknown: 2024 assumed")
     for pattern, first, last, stack, note in FRAMEWORKS:
         if has(name, pattern) and first <= year <= last:
+            if stack in BEFORE_FSDP and has(row.words("zero_or_fsdp"), r"zero-?[23]"):
+                return ENGINES["deepspeed"], (*assumed, "ZeRO-2 and ZeRO-3 are taken as DeepSpeed's")
             return ENGINES[stack], (*assumed, *((note,) if note else ()))
     stack = _stack_by_sharding(row.words("zero_or_fsdp", "notes"), year)
     return ENGINES[stack], (*assumed, f"framework '{row.framework or 'not stated'}' is taken as {stack}")

@@ -136,6 +136,5 @@ def _selective(words: str, engine: Engine, blocks_per_stage: int) -> Read[Recomp
         note = f"recomputation of every {every or 2}nd block taken as that of the first ones of a stage"
         return Recomputing(recompute=Recompute.FULL, layers=layers), (note,)
     if engine.stack == "torchtitan":
-        note = "selective checkpoints by operation taken as recomputation of norms and feed-forward"
-        return Recomputing(recompute=Recompute.SELECTIVE, modules=("layernorm", "mlp")), (note,)
+        return Recomputing(recompute=Recompute.SELECTIVE, modules=("op_level",)), ()
     return Recomputing(recompute=Recompute.SELECTIVE), ()

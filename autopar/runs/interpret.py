@@ -6,10 +6,12 @@ and its year. Everything that the row does not say is listed in ``assumptions``.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from autopar.errors import InputError
 from autopar.layout import Layout
@@ -33,6 +35,7 @@ CAVEATS: tuple[tuple[str, str], ...] = (
     (r"(activation offload|act_cpu_offload true|cpu offload|optimizer cpu offload)", "offloads to the host"),
     (r"\bsft\b|fine-?tuning|packed", "fine-tuning with packed sequences"),
     (r"known perf regression", "known regression of the software"),
+    (r"deterministic-mode", "deterministic kernels"),
     (r"tokendrop", "experts drop tokens"),
 )
 SCHEDULES: tuple[tuple[str, ScheduleName], ...] = (
@@ -42,6 +45,11 @@ SCHEDULES: tuple[tuple[str, ScheduleName], ...] = (
 MEMORY_BASES: tuple[tuple[str, str], ...] = (
     (r"nvidia-smi", "device"), (r"reserved", "reserved"), (r"allocated|allocator", "allocated"),
 )  # fmt: skip
+
+
+COUNTS = ("n_layers", "hidden", "n_heads", "n_kv_heads", "ffn_hidden", "vocab", "seq_len", "n_gpus", "gpus_per_node",
+          "global_batch", "micro_batch", "tp", "pp", "dp", "cp", "ep", "vp")  # fmt: skip
+MEASURED = ("iter_time_s", "tokens_per_s_per_gpu", "mem_gb_per_gpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,12 +120,15 @@ def _interpret(row: RunRow) -> RunCase:
         assumed.extend(notes)
         return value
 
+    row = take(_without_zeros(row))
     engine = take(read_engine(row))
     degrees = take(read_degrees(row, engine))
     seq_len = take(read_seq_len(row))
     spec = take(read_model(row, engine, seq_len, degrees.tp))
     if spec.num_heads % degrees.tp:
         raise CannotRead(f"tp={degrees.tp} does not divide {spec.num_heads} heads")
+    if not spec.num_experts:
+        degrees = dataclasses.replace(degrees, ep=1, etp=1)
     degrees, split = take(read_stages(row.notes or "", degrees, spec.num_layers, spec.mtp_layers))
     batch = take(read_batch(row, degrees, seq_len))
     cluster = take(read_cluster(row, degrees.num_devices))
@@ -145,6 +156,14 @@ def _interpret(row: RunRow) -> RunCase:
         measured_s=_seconds(row, degrees, batch, seq_len), measured_memory_gib=_memory(row), memory_basis=basis,
         memory_rank=rank, assumptions=tuple(assumed), caveats=_caveats(row),
     )  # fmt: skip
+
+
+def _without_zeros(row: RunRow) -> Read[RunRow]:
+    """Counts and measurements of 0 or less are not stated."""
+    zeros = [name for name in (*COUNTS, *MEASURED) if (value := getattr(row, name)) is not None and value <= 0]
+    notes = tuple(f"{name} of {getattr(row, name)} taken as not stated" for name in zeros if name in COUNTS)
+    empty: dict[str, Any] = dict.fromkeys(zeros)
+    return dataclasses.replace(row, **empty), notes
 
 
 def _schedule(row: RunRow, degrees: Degrees) -> ScheduleName:

@@ -7,68 +7,81 @@ import math
 import re
 from dataclasses import dataclass
 
+from autopar.runs.networks import parse_network
 from autopar.runs.reading import CannotRead, Read, find_int, has
 from autopar.runs.rows import RunRow
 from autopar.workload import Precision
-from costmodels.hardware import Cluster, Device, Link, device_names, load_cluster, load_device, load_fabric
-from costmodels.units import GIB
+from costmodels.hardware import Cluster, Device, Link, device_names, load_cluster, load_fabric
+from costmodels.units import GB, GIB, TFLOPS
 
 # (pattern, shipped device); the first match counts.
 DEVICES: tuple[tuple[str, str], ...] = (
-    (r"gb300", "gb300"), (r"gb200", "gb200"), (r"b300", "b300"), (r"b200", "b200"), (r"gh200", "h100"),
+    (r"gb300", "gb300"), (r"gb200", "gb200"), (r"b300", "b300"), (r"b200", "b200"),
     (r"h200", "h200"), (r"h800", "h800"), (r"h100.*(500 ?w|hbm2e|9[4-6] ?gi?b)", "h100-500w"), (r"h100", "h100"),
-    (r"a800", "a800"), (r"a100.*40 ?g", "a100-40g"), (r"a100", "a100-80g"), (r"v100", "v100"),
+    (r"a800", "a800"), (r"a100.*40 ?g", "a100-40g"), (r"a100", "a100-80g"), (r"v100|dgx-?2", "v100"),
     (r"mi300", "mi300x"), (r"\bcpu\b", "cpu"),
 )  # fmt: skip
 
-# Named machines: (pattern, fabric, Gbit/s per node). Sources: the systems' public descriptions.
-MACHINES: tuple[tuple[str, str, float], ...] = (
-    (r"selene|dgx superpod|dgx a100", "infiniband", 1600), (r"\beos\b|dgx h[12]00", "infiniband", 3200),
-    (r"dgx [bg]?b[23]00", "infiniband", 3200), (r"jean zay", "omnipath", 400), (r"grand teton", "roce", 3200),
-    (r"p3\.16x", "ethernet", 25), (r"p3dn", "efa", 100), (r"p4de?\b", "efa", 400), (r"p5e?n?\b", "efa", 3200),
-    (r"perlmutter", "roce", 800), (r"nd.*a100.*v4", "infiniband", 1600), (r"nd.*h100.*v5", "infiniband", 3200),
-)  # fmt: skip
-
-FABRICS: tuple[tuple[str, str], ...] = (
-    (r"omni-?path|\bopa\b", "omnipath"), (r"\befa\b", "efa"), (r"roce|slingshot|rdma|spectrum-x", "roce"),
-    (r"infiniband|\bib\b|\b[efhnx]dr(100)?\b|quantum", "infiniband"), (r"tcp|ethernet|gbe|\benA?\b", "ethernet"),
-)  # fmt: skip
-
-# Gbit/s of one adapter of an InfiniBand generation: InfiniBand Trade Association, 4 lanes (HDR100: 2).
-GENERATIONS: tuple[tuple[str, float], ...] = (
-    (r"\bqdr\b", 40), (r"\bfdr\b", 56), (r"\bedr\b|hdr-?100\b", 100), (r"\bhdr\b", 200), (r"\bndr\b", 400),
-    (r"\bxdr\b", 800),
-)  # fmt: skip
-
-ADAPTERS_PER_NODE = 8
-_GBIT = r"(\d+(?:\.\d+)?) ?(?:gb/s|gbps|gbit/s|gbit|gbe|gb)"
-_LOCAL = re.compile(r"nv-?link|nv-?switch|nvl ?\d+|pcie")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Network:
-    """What words say of the links between nodes: a shipped fabric and bytes/s per device."""
+class Relative:
+    """A device that does not ship, as one that does with its own datasheet: dense TFLOP/s of bf16, GiB, GB/s."""
 
-    fabric: str
-    bandwidth: float
+    like: str
+    bf16_tflops: float
+    memory_gib: float
+    bandwidth_gbps: float
 
 
-def read_device(row: RunRow) -> Read[tuple[str, Device]]:
-    """The shipped device (name, device), with the memory that the row names. Raises CannotRead."""
+# Sources: the vendors' datasheets.
+RELATIVES: tuple[tuple[str, Relative], ...] = (
+    (r"gh200", Relative(like="h100", bf16_tflops=989.4, memory_gib=96, bandwidth_gbps=4000)),
+    (r"\bh20\b", Relative(like="h100", bf16_tflops=148, memory_gib=96, bandwidth_gbps=4000)),
+    (r"h100.*pcie", Relative(like="h100", bf16_tflops=756, memory_gib=80, bandwidth_gbps=2000)),
+    (r"h100.*nvl", Relative(like="h100", bf16_tflops=835, memory_gib=94, bandwidth_gbps=3900)),
+    (r"mi325", Relative(like="mi300x", bf16_tflops=1307.4, memory_gib=256, bandwidth_gbps=6000)),
+    (r"mi35[05]", Relative(like="mi300x", bf16_tflops=2300, memory_gib=288, bandwidth_gbps=8000)),
+    (r"mi250", Relative(like="mi300x", bf16_tflops=191.5, memory_gib=64, bandwidth_gbps=1638)),
+)
+
+
+def read_device(row: RunRow) -> Read[tuple[str, Relative | None]]:
+    """Name of a shipped device, and what differs where the row's is a relative of it. Raises CannotRead."""
     words, assumed = row.words("gpu"), []
     if not words:
         words = _guess_device(row)
         assumed.append(f"device not stated: {words} assumed")
+    relative = next((relative for pattern, relative in RELATIVES if has(words, pattern)), None)
+    if relative is not None:
+        return (relative.like, relative), (f"{row.gpu} taken as {relative.like} with its own peaks and memory",)
     found = next((device for pattern, device in DEVICES if has(words, pattern)), None)
     if found is None or found not in device_names():
         raise CannotRead(f"no numbers of device '{row.gpu}'")
-    device = load_device(found)
+    if found == "v100" and (row.gpus_per_node == 16 or has(row.words("interconnect"), "nvswitch")):
+        found = "v100-dgx2"
     if found == "a100-80g" and not has(words, r"80 ?g"):
         assumed.append("A100 of 80 GB assumed")
-    stated = find_int(words, r"(\d+) ?gi?b\b")
+    return (found, None), tuple(assumed)
+
+
+def _as_stated(device: Device, relative: Relative | None, row: RunRow) -> Device:
+    """The device with the relative's datasheet, or with the memory that the row names where it differs."""
+    if relative is not None:
+        return _as_relative(device, relative)
+    stated = find_int(row.words("gpu"), r"(\d+) ?gi?b\b")
     if stated and abs(stated * GIB / device.memory_bytes - 1) > 0.15:
-        device = dataclasses.replace(device, memory_bytes=stated * GIB)
-    return (found, device), tuple(assumed)
+        return dataclasses.replace(device, memory_bytes=stated * GIB)
+    return device
+
+
+def _as_relative(device: Device, relative: Relative) -> Device:
+    scale = relative.bf16_tflops * TFLOPS / device.peak("bf16")
+    return dataclasses.replace(
+        device,
+        peak_flops={precision: peak * scale for precision, peak in device.peak_flops.items()},
+        memory_bytes=relative.memory_gib * GIB,
+        memory_bandwidth=relative.bandwidth_gbps * GB,
+    )
 
 
 def _guess_device(row: RunRow) -> str:
@@ -82,7 +95,7 @@ def _guess_device(row: RunRow) -> str:
 
 def read_cluster(row: RunRow, num_devices: int) -> Read[Cluster]:
     """The cluster of a run on ``num_devices`` devices. Raises CannotRead for an unknown device."""
-    (name, device), assumed = read_device(row)
+    (name, relative), assumed = read_device(row)
     usual = load_cluster(f"{name}:1x{num_devices}")
     per_node = row.gpus_per_node or min(usual_node(name), num_devices)
     if num_devices <= per_node:
@@ -93,13 +106,14 @@ def read_cluster(row: RunRow, num_devices: int) -> Read[Cluster]:
         nodes, per_node = num_devices // shape, shape
     else:
         nodes = num_devices // per_node
-    network, label = usual.network_link, usual.network_link.name
+    network, label = usual.network_link, ""
     domain = domain_size(row, usual.domain_size)
     if num_devices > (domain or per_node):
         link, more = read_network(row, per_node, usual.network_link)
-        network, label, assumed = link, f"{link.name} {link.bandwidth / 1e9:g} GB/s", (*assumed, *more)
+        network, label, assumed = link, f" {link.name} {link.bandwidth / 1e9:g} GB/s", (*assumed, *more)
     cluster = dataclasses.replace(
-        usual, name=f"{name}:{nodes}x{per_node} {label}", device=device, num_nodes=nodes, devices_per_node=per_node,
+        usual, name=f"{name}:{nodes}x{per_node}{label}", device=_as_stated(usual.device, relative, row),
+        num_nodes=nodes, devices_per_node=per_node,
         network_link=network, domain_size=domain if domain > per_node else 0,
     )  # fmt: skip
     return cluster, assumed
@@ -117,54 +131,18 @@ def domain_size(row: RunRow, usual: int) -> int:
 
 def read_network(row: RunRow, per_node: int, usual: Link) -> Read[Link]:
     """Link between nodes from words, else the device's usual one."""
-    words = row.words("interconnect")
-    found, assumed = parse_network(words, per_node)
+    found, assumed = parse_network(row.interconnect or "", per_node)
     if found is None:
-        stated = f"'{row.interconnect}'" if words else "not stated"
+        stated = f"'{row.interconnect}'" if row.interconnect else "not stated"
         return usual, (f"network between nodes {stated}: {usual.name} {usual.bandwidth / 1e9:g} GB/s assumed",)
     return load_fabric(found.fabric, found.bandwidth), assumed
-
-
-def parse_network(words: str, per_node: int) -> Read[Network | None]:
-    """Fabric and bytes/s per device; None where the words say nothing of the links between nodes.
-
-    ``4x100Gb`` and ``1600 Gbps/node`` are of a node, ``400 Gb/s per GPU`` of a device. The name of an InfiniBand
-    generation is an adapter per device, at most 8 a node.
-    """
-    parts = [part for part in re.split(r"\s*[+;,]\s*", words.lower()) if part]
-    outside = " + ".join(part for part in parts if not _LOCAL.search(part) or has(part, r"\bib\b|roce|efa|tcp"))
-    kind = next((fabric for pattern, fabric in FABRICS if has(outside, pattern)), None)
-    adapters = min(per_node, ADAPTERS_PER_NODE)
-    several = re.search(r"(\d+) ?[x×] ?" + _GBIT, outside)
-    single = re.search(_GBIT, outside)
-    per_device: float | None = None
-    assumed: tuple[str, ...] = ()
-    if several:
-        per_device = int(several[1]) * float(several[2]) / per_node
-    elif single and has(outside, r"per (gpu|device|rank|accelerator)|/ ?gpu|each gpu"):
-        per_device = float(single[1])
-    elif single and (has(outside, r"/ ?node|per node") or kind in ("ethernet", "efa") or float(single[1]) > 800):
-        per_device = float(single[1]) / per_node
-    elif single:
-        per_device = float(single[1]) * adapters / per_node
-        assumed = (f"{single[0]} taken as one adapter per device",)
-    if per_device is None:
-        for pattern, rate in GENERATIONS:
-            if has(outside, pattern):
-                per_device = rate * adapters / per_node
-    if per_device is None:
-        for pattern, fabric, rate in MACHINES:
-            if has(words.lower(), pattern):
-                return Network(fabric=fabric, bandwidth=rate / 8 * 1e9 / per_node), ()
-        return None, ()
-    return Network(fabric=kind or "infiniband", bandwidth=per_device / 8 * 1e9), assumed
 
 
 def read_precision(row: RunRow, device: Device) -> Read[Precision]:
     """Type of the products from ``dtype`` and notes; a type that the device lacks becomes its nearest."""
     words, dtype, assumed = row.words("notes"), row.words("dtype"), []
     if not dtype:
-        dtype = "fp16" if device.name in ("v100",) else "bf16"
+        dtype = "fp16" if device.name.startswith("v100") else "bf16"
         assumed.append(f"precision not stated: {dtype} assumed")
     label = _label(dtype, words)
     if label is Precision.NVFP4 and has(words, r"bf16 tail"):

@@ -28,26 +28,32 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     (r"bert", "bert"), (r"megatron|mt-?nlg|turing", "megatron"), (r"gpt-?2", "gpt2"), (r"gpt|opt-", "gpt3"),
 )  # fmt: skip
 
-# Families that are built as another one: (family, kind of, what differs).
+# Families whose layers are of another one's kind.
 KIN: dict[str, str] = {"qwen2": "llama3", "mistral": "llama3"}
 
 # Kinds of model that the program has no operations for.
 BEYOND: tuple[tuple[str, str], ...] = (
     (r"nemotron.*(nano|super|ultra|lightning|v3|-h\b)|mamba|hybrid|jamba|ssm|rwkv", "state-space layers"),
+    (r"qwen-?3(\.\d+)?-next|kimi-linear|minimax", "linear attention"),
     (r"(^|[^a-z])(m?t5|ul2|bart)([^a-z]|$)|encoder-decoder", "an encoder with a decoder"),
-    (r"vlm|mimo|llava|multimodal|\bvit\b|\bclip\b|vision|audio", "parts besides a language model"),
+    (r"vlm|mimo|llava|multimodal|\bvit\b|\bclip\b|vision|audio|-vl(-|$)", "parts besides a language model"),
     (r"stable-?diffusion|\bflux|\bdit\b|unet|\bretro", "operations besides those of a language model"),
 )
 
-GPT_VOCAB = 51200
+GPT_VOCAB = 50257  # of GPT-2, which GPT-like runs use
+GPT_LIKE = ("gpt2", "gpt3", "megatron")
 DENSE_DROPOUT = ("gpt", "bert", "megatron", "bloom", "mt-nlg")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)-?([bmt])(?![a-z])")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Family:
-    """A shipped model of the family; ``exact`` where it is the model itself (its widths are the row's)."""
+    """A shipped model of the family; ``exact`` where it is the model itself (its widths are the row's).
 
+    ``head_size`` is that of all its members where it does not follow from their widths, else None.
+    """
+
+    stem: str
     template: ModelSpec
     exact: bool
     head_size: int | None
@@ -70,7 +76,7 @@ def read_model(row: RunRow, engine: Engine, seq_len: int, tp: int) -> Read[Model
     if has(f"{name}; {notes}", r"\b(q?lora|peft)\b"):
         raise CannotRead("LoRA trains few of the weights")
     family = _family(name, row)
-    spec, assumed = _complete(row, name, notes, family, engine)
+    spec, assumed = _complete(row, name, notes, family, engine, tp)
     spec, more = _fit_to_ranks(dataclasses.replace(spec, max_seq_len=seq_len), tp)
     return spec, (*assumed, *more)
 
@@ -79,7 +85,7 @@ def _family(name: str, row: RunRow) -> _Family | None:
     stem = next((stem for pattern, stem in FAMILIES if has(name, pattern)), None)
     if stem is None:
         return None
-    stem = KIN.get(stem, stem)
+    own_name, stem = stem, KIN.get(stem, stem)
     members = [load_preset(known) for known in preset_names() if known == stem or known.startswith((f"{stem}-", stem))]
     if not members:
         return None
@@ -89,9 +95,9 @@ def _family(name: str, row: RunRow) -> _Family | None:
     head_size = sizes.pop() if len(sizes) == 1 and not plain else None
     exact = [member for member in members if _same_widths(member, row) and _same_size(member, name, row)]
     exact.sort(key=lambda member: row.n_layers is not None and member.num_layers != row.n_layers)
-    if exact and stem == KIN.get(stem, stem):
-        return _Family(template=exact[0], exact=True, head_size=head_size)
-    return _Family(template=members[0], exact=False, head_size=head_size)
+    if exact and stem == own_name:
+        return _Family(stem=stem, template=exact[0], exact=True, head_size=head_size)
+    return _Family(stem=stem, template=members[0], exact=False, head_size=head_size)
 
 
 def _same_widths(member: ModelSpec, row: RunRow) -> bool:
@@ -101,9 +107,9 @@ def _same_widths(member: ModelSpec, row: RunRow) -> bool:
 
 def _same_size(member: ModelSpec, name: str, row: RunRow) -> bool:
     if row.hidden is not None:
-        return True
+        return row.n_experts is None or (row.n_experts > 1) == (member.num_experts > 0)
     wanted, own = _billions(name), _billions(member.name)
-    return wanted is None or own is None or abs(wanted / own - 1) < 0.1
+    return own is None or (wanted is not None and abs(wanted / own - 1) < 0.1)
 
 
 def _billions(name: str) -> float | None:
@@ -112,15 +118,17 @@ def _billions(name: str) -> float | None:
 
 
 def _complete(
-    row: RunRow, name: str, notes: str, family: _Family | None, engine: Engine
+    row: RunRow, name: str, notes: str, family: _Family | None, engine: Engine, tp: int
 ) -> tuple[ModelSpec, tuple[str, ...]]:
     known = family.template if family and family.exact else None
     assumed: list[str] = []
 
-    def number(stated: int | None, own: Callable[[ModelSpec], int], what: str, otherwise: int | None = None) -> int:
+    def number(
+        stated: int | None, own: Callable[[ModelSpec], int] | None, what: str, otherwise: int | None = None
+    ) -> int:
         if stated is not None:
             return stated
-        if known is not None:
+        if known is not None and own is not None:
             return own(known)
         if otherwise is None:
             raise CannotRead(f"model '{row.model_name}': {what} not known")
@@ -131,7 +139,8 @@ def _complete(
     hidden = number(row.hidden, lambda m: m.hidden_size, "hidden size")
     heads = number(row.n_heads, lambda m: m.num_heads, "number of heads")
     gated = row.gated_mlp if row.gated_mlp is not None else bool(family and family.template.gated_mlp)
-    vocab = family.template.vocab_size if family else GPT_VOCAB
+    gpt = family is None or family.stem in GPT_LIKE
+    vocab = _padded(GPT_VOCAB, tp) if family is None or gpt else family.template.vocab_size
     kind = _kind(notes, gated, family)
     head_size = known.head_size if known else (family.head_size if family else None) or 0
     if not head_size and hidden % heads:
@@ -145,7 +154,7 @@ def _complete(
         num_kv_heads=number(row.n_kv_heads, lambda m: m.num_kv_heads, "key-value heads", heads),
         head_size=head_size,
         ffn_size=number(row.ffn_hidden, lambda m: m.ffn_size, "feed-forward width", 4 * hidden),
-        vocab_size=number(row.vocab, lambda m: m.vocab_size, "vocabulary", vocab),
+        vocab_size=number(row.vocab, None if gpt else lambda m: m.vocab_size, "vocabulary", vocab),
         max_seq_len=1,
         gated_mlp=gated,
         norm=kind.norm,
@@ -156,6 +165,7 @@ def _complete(
         fused_qkv=kind.fused_qkv,
         qk_norm=bool(family and family.template.qk_norm) or has(notes, r"qk[-_ ](layer)?norm"),
         window=family.template.window if family else 0,
+        clamped_activation=bool(family and family.template.clamped_activation),
         dropout=_dropout(name, row, engine),
         latent=_latent(notes, known),
     )
@@ -267,6 +277,11 @@ def _multi_token(
     return own, (f"trained with {own} layer of multi-token prediction, assumed",)
 
 
+def _padded(vocab: int, tp: int) -> int:
+    """Rows of the embedding as Megatron-LM pads them: a multiple of 128 for each of the tp ranks."""
+    return -(-vocab // (128 * tp)) * 128 * tp
+
+
 def _fit_to_ranks(spec: ModelSpec, tp: int) -> Read[ModelSpec]:
     """Repeat key-value heads and pad the vocabulary where tensor parallelism does not divide them, as Megatron does."""
     assumed: list[str] = []
@@ -274,7 +289,7 @@ def _fit_to_ranks(spec: ModelSpec, tp: int) -> Read[ModelSpec]:
         assumed.append(f"{spec.num_kv_heads} key-value heads repeated for tp={tp}")
         spec = dataclasses.replace(spec, num_kv_heads=tp)
     if spec.vocab_size % tp:
-        padded = -(-spec.vocab_size // (128 * tp)) * 128 * tp
+        padded = _padded(spec.vocab_size, tp)
         assumed.append(f"vocabulary padded to {padded} for tp={tp}")
         spec = dataclasses.replace(spec, vocab_size=padded)
     return spec, tuple(assumed)

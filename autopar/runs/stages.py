@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from autopar.runs.degrees import Degrees, without_virtual_stages
+from autopar.runs.degrees import Degrees, with_virtual_stages
 from autopar.runs.reading import CannotRead, Read, find_int, has
 
 _TOKEN = re.compile(r"\(([^()]*)\)(?:\*(\d+))?|([A-Za-z|])(?:\*(\d+))?|[,'\"]|\s")
@@ -68,7 +68,7 @@ def _from_layout(text: str, degrees: Degrees, blocks: int) -> Read[tuple[Degrees
     vp = len(counts) // degrees.pp
     if vp != degrees.vp:
         assumed.append(f"vp={vp} as in the pipeline layout")
-        degrees = without_virtual_stages(degrees, vp)
+        degrees = with_virtual_stages(degrees, vp)
     for stage, count in enumerate(counts):
         if count == 0:
             donor = max(range(len(counts)), key=lambda i: (counts[i], -abs(i - stage)))
@@ -87,10 +87,10 @@ def _balanced(degrees: Degrees, blocks: int, mtp_layers: int) -> Read[tuple[Degr
         if each > 1:
             return (degrees, (each - 1, *[each] * (stages - 2), each - 1)), (why,)
         # Two stages have no block: one virtual stage fewer, with the same blocks on every rank.
-        fewer = without_virtual_stages(degrees, degrees.vp - 1)
+        fewer = with_virtual_stages(degrees, degrees.vp - 1)
         split = (1, *[2] * (pp - 2), *[1] * (pp * fewer.vp - pp + 1))
         return (fewer, split), (why, f"vp={fewer.vp} for {degrees.vp}, since two stages have no block")
     if stages > blocks:
         vp = max(1, blocks // pp)
-        return (without_virtual_stages(degrees, vp), ()), (f"vp={degrees.vp} has more stages than blocks: vp={vp}",)
+        return (with_virtual_stages(degrees, vp), ()), (f"vp={degrees.vp} has more stages than blocks: vp={vp}",)
     return (degrees, ()), ("blocks that do not divide evenly: earlier stages take the remainder",)

@@ -14,8 +14,9 @@ from autopar.errors import PlanError
 from autopar.plan import ScheduleName
 from autopar.schedule.notation import Action, Direction, Schedule, Steps, dependencies, flat
 from autopar.schedule.v_shaped import dual_pipe_v, zero_bubble_v
+from costmodels.pipeline import group_size
 
-__all__ = ["Action", "Direction", "Schedule", "build_schedule", "build_steps", "dependencies", "group_size"]
+__all__ = ["Action", "Direction", "Schedule", "build_schedule", "build_steps", "dependencies"]
 
 V_SHAPED = frozenset({ScheduleName.ZB_V, ScheduleName.DUALPIPE_V})
 """Schedules whose second virtual stage runs up the ranks again: its last rank is the pipeline's first."""
@@ -31,7 +32,8 @@ def build_schedule(
         num_ranks: p >= 1.
         num_microbatches: m >= 1; DualPipeV needs 2p.
         virtual: virtual stages per rank; ZB-V and DualPipeV have two whatever is said.
-        group: microbatches that go through one virtual stage before the next has its turn; 0 means ``group_size``.
+        group: microbatches that go through one virtual stage before the next has its turn; 0 means
+            ``costmodels.pipeline.group_size``.
 
     Raises:
         PlanError: too few microbatches or ranks, or a schedule without virtual stages.
@@ -52,18 +54,6 @@ def build_steps(name: ScheduleName, num_ranks: int, num_microbatches: int, virtu
         raise PlanError(f"the {name} schedule has one virtual stage per rank, not {v}: use vp=1 or interleaved")
     size = group or group_size(p, m)
     return tuple(_alternating(name, rank, p, m, v, size) for rank in range(p))
-
-
-def group_size(num_ranks: int, num_microbatches: int) -> int:
-    """Microbatches that an interleaved schedule takes through one virtual stage before it turns to the next.
-
-    The smallest N >= p that leaves no group with fewer than p of m microbatches; m itself below p. It is p where p
-    divides m (Narayanan et al. 2021), m / floor(m/p) where that is whole (all that torch accepts), and else the least
-    of the sizes that Megatron accepts (``microbatch_group_size_per_vp_stage``: p <= N <= m, and a remainder of at least
-    p; Megatron's own default is p, and it refuses what p does not divide). So every number of microbatches can run.
-    """
-    p, m = num_ranks, num_microbatches
-    return next((size for size in range(p, m) if m % size == 0 or m % size >= p), m)
 
 
 def _warmup(name: ScheduleName, rank: int, p: int, m: int, v: int, size: int) -> tuple[int, int | None]:
@@ -101,6 +91,5 @@ def _alternating(name: ScheduleName, rank: int, p: int, m: int, v: int, size: in
 
 def _order(rank: int, p: int, m: int, chunks: Sequence[int], size: int) -> list[tuple[int, int]]:
     """Virtual stage and microbatch in the order in which a rank takes them: group after group, chunk after chunk."""
-    return [
-        (chunk * p + rank, i) for start in range(0, m, size) for chunk in chunks for i in range(start, min(start + size, m))
-    ]
+    groups = [range(start, min(start + size, m)) for start in range(0, m, size)]
+    return [(chunk * p + rank, i) for group in groups for chunk in chunks for i in group]

@@ -52,11 +52,19 @@ Steps = tuple[tuple[Step, ...], ...]
 """A schedule that says which actions run at once."""
 
 
+def actions_of(step: Step) -> tuple[Action, ...]:
+    """The action, or the two of a pair."""
+    return tuple(step) if isinstance(step, Pair) else (step,)
+
+
+def has_pairs(steps: Iterable[Step]) -> bool:
+    """Whether some actions run at once."""
+    return Pair in set(map(type, steps))
+
+
 def flat(steps: Steps) -> Schedule:
     """The actions alone, a pair as forward and backward in turn."""
-    return tuple(
-        tuple(action for step in row for action in (step if isinstance(step, Pair) else (step,))) for row in steps
-    )
+    return tuple(tuple(action for step in row for action in actions_of(step)) for row in steps)
 
 
 _ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
@@ -72,7 +80,7 @@ def parse_action(text: str) -> Action:
 
 
 def parse_row(text: str) -> tuple[Step, ...]:
-    """Read a rank's actions, separated by commas; empty places, which mark idle time, are left out. Raises PlanError."""
+    """Read a rank's actions, separated by commas; empty places mark idle time and are left out. Raises PlanError."""
     steps: list[Step] = []
     for cell in text.split(","):
         pair = _PAIR.fullmatch(cell.strip())

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from autopar.errors import PlanError
-from autopar.schedule.notation import Action, Direction, Pair, Schedule, Steps, dependencies, flat, provides
+from autopar.schedule.notation import (
+    Action,
+    Direction,
+    Schedule,
+    Step,
+    Steps,
+    actions_of,
+    dependencies,
+    flat,
+    has_pairs,
+    provides,
+)
 from autopar.schedule.waves import DIRECTIONS, Floats, Waves, step_ends, to_waves
 
 
@@ -63,15 +74,40 @@ Durations = Mapping[tuple[int, Direction], Duration]
 """By virtual stage and direction; every microbatch takes the same."""
 
 
-def duration_table(durations: Durations, num_stages: int) -> Floats:
-    """Seconds [stages, 4] in the order of DIRECTIONS; 0 for a pass that is not given, but B is I and W."""
-    table = np.zeros((num_stages, len(DIRECTIONS)))
-    for (stage, direction), duration in durations.items():
-        table[stage, DIRECTIONS.index(direction)] = duration.total
-    whole, halves = DIRECTIONS.index(Direction.BACKWARD), (Direction.BACKWARD_INPUT, Direction.BACKWARD_WEIGHT)
-    for stage in range(num_stages):
-        if (stage, Direction.BACKWARD) not in durations:
-            table[stage, whole] = sum(table[stage, DIRECTIONS.index(half)] for half in halves)
+def with_halves(durations: Durations, weight_share: float = 0.5) -> Durations:
+    """Whole backwards taken apart as well: this share of each is the gradients of weights, the rest those of inputs.
+
+    Half is the share of matrix products with weights; attention, norms and communication have no such part.
+    """
+    found = dict(durations)
+    halves = ((Direction.BACKWARD_INPUT, 1 - weight_share), (Direction.BACKWARD_WEIGHT, weight_share))
+    for (stage, direction), whole in durations.items():
+        if direction is Direction.BACKWARD:
+            for half, share in halves:
+                found.setdefault((stage, half), Duration(whole.compute * share, whole.communication * share))
+    return found
+
+
+def _duration(durations: Durations, stage: int, direction: Direction) -> Duration:
+    """Of a pass; a whole backward that is not given is its two halves. Raises PlanError."""
+    found = durations.get((stage, direction))
+    if found is None and direction is Direction.BACKWARD:
+        halves = [_duration(durations, stage, d) for d in (Direction.BACKWARD_INPUT, Direction.BACKWARD_WEIGHT)]
+        found = Duration(sum(h.compute for h in halves), sum(h.communication for h in halves))
+    if found is None:
+        raise PlanError(f"no duration is given for {direction} of virtual stage {stage}")
+    return found
+
+
+def duration_table(durations: Durations, waves: Waves) -> Floats:
+    """Seconds [stages, 4] in the order of DIRECTIONS, 0 for passes that the schedule does not have."""
+    table = np.zeros((waves.num_stages, len(DIRECTIONS)))
+    used = np.zeros(table.shape, dtype=bool)
+    used[waves.stage[0], waves.code[0]] = True
+    second = waves.code[1] >= 0
+    used[waves.stage[1, second], waves.code[1, second]] = True
+    for stage, code in np.argwhere(used).tolist():
+        table[stage, code] = _duration(durations, stage, DIRECTIONS[code]).total
     return table
 
 
@@ -83,24 +119,23 @@ def simulate(schedule: Schedule | Steps, durations: Durations, transfer: float =
     both can, and end together ``hidden`` seconds sooner than one after the other. Cost: O(actions).
 
     Raises:
-        PlanError: the schedule waits for itself.
+        PlanError: the schedule waits for itself, or a duration is missing.
     """
     waves = to_waves(schedule)
-    starts, ends = step_ends(waves, duration_table(durations, waves.num_stages), transfer, hidden)
+    starts, ends = step_ends(waves, duration_table(durations, waves), transfer, hidden)
     rows = []
     for row, steps in zip(schedule, waves.of_rank, strict=True):
-        timed: list[TimedAction] = []
-        for step, start, end in zip(row, starts[steps].tolist(), ends[steps].tolist(), strict=True):
-            parts = step if isinstance(step, Pair) else (step,)
-            timed.extend(TimedAction(action, start, end) for action in parts)
-        rows.append(tuple(timed))
+        rows.append(_timed(row, starts[steps], ends[steps]))
     return Timeline(tuple(rows))
 
 
-def rank_ends(waves: Waves, seconds: Floats, transfer: Floats | float = 0.0, hidden: Floats | float = 0.0) -> Floats:
-    """End of every rank's last action [ranks, ...] for many plans of one schedule at once; see ``step_ends``."""
-    _, ends = step_ends(waves, seconds, transfer, hidden)
-    return np.stack([ends[steps[-1]] for steps in waves.of_rank])
+def _timed(row: tuple[Step, ...], starts: Floats, ends: Floats) -> tuple[TimedAction, ...]:
+    if has_pairs(row):
+        counts = [len(actions_of(step)) for step in row]
+        (actions,), starts, ends = flat((row,)), np.repeat(starts, counts), np.repeat(ends, counts)
+    else:
+        actions = cast(tuple[Action, ...], row)
+    return tuple(map(TimedAction._make, zip(actions, starts.tolist(), ends.tolist(), strict=True)))
 
 
 def simulate_shared(
@@ -130,7 +165,7 @@ def simulate_shared(
                 continue
             start = max([0.0, *(ends[need] + (transfer if rank_of[need] != rank else 0.0) for need in needs)])
             if start <= clock:
-                duration = _duration(durations, action)
+                duration = _duration(durations, action.stage, action.direction)
                 running[rank] = _Running(action, clock, duration.compute, duration.communication)
             else:
                 wake = start if wake is None else min(wake, start)
@@ -169,12 +204,3 @@ class _Running:
             self.compute = left if left > 1e-12 * max(1.0, self.compute) else 0.0
         else:
             self.communication = max(0.0, self.communication - step)
-
-
-def _duration(durations: Durations, action: Action) -> Duration:
-    """Of an action; a whole backward that is not given is its two halves."""
-    found = durations.get((action.stage, action.direction))
-    if found is None and action.direction is Direction.BACKWARD:
-        halves = [durations[action.stage, half] for half in (Direction.BACKWARD_INPUT, Direction.BACKWARD_WEIGHT)]
-        return Duration(sum(h.compute for h in halves), sum(h.communication for h in halves))
-    return durations[action.stage, action.direction] if found is None else found

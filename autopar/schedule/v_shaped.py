@@ -55,9 +55,7 @@ def zero_bubble_v(num_ranks: int, num_microbatches: int) -> Steps:
     """ZB-V. Fewer than 2p-1 microbatches take the schedule of 2p-1 and leave the others out."""
     p, m = num_ranks, num_microbatches
     rows = [_zero_bubble_row(rank, p, max(2 * p - 1, m)) for rank in range(p)]
-    return tuple(
-        tuple(step for step in row if isinstance(step, Action) and step.microbatch < m) for row in rows
-    )
+    return tuple(tuple(step for step in row if isinstance(step, Action) and step.microbatch < m) for row in rows)
 
 
 def _zero_bubble_row(rank: int, p: int, m: int) -> list[Step]:

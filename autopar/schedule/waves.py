@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.errors import PlanError
-from autopar.schedule.notation import Action, Direction, Pair, Schedule, Steps
+from autopar.schedule.notation import Action, Direction, Pair, Schedule, Steps, has_pairs
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 DIRECTIONS = tuple(Direction)
 _CODES = {direction: code for code, direction in enumerate(DIRECTIONS)}
+_CODE_OF_LETTER = np.asarray([next((c for d, c in _CODES.items() if ord(d) == i), -1) for i in range(128)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +55,7 @@ def to_waves(schedule: Schedule | Steps) -> Waves:
     Raises:
         PlanError: the schedule waits for itself, lacks an action that another needs, or has one twice.
     """
-    rows = [row for row in schedule if row]
+    rows = list(schedule)
     width = max(len(row) for row in rows)
     forward, backward = _fields(rows)
     num_stages = 1 + int(max(forward[0].max(), backward[0].max()))
@@ -70,17 +72,15 @@ def to_waves(schedule: Schedule | Steps) -> Waves:
         _refuse_twice(result[result < 2 * cells], made_by)
         made_by[result] = np.arange(len(result))
     made_by[-1] = -1
-    wants = np.stack([
-        _needed(*fields, num_stages, num_microbatches, cells) for fields in (forward, backward)
-    ])  # fmt: skip
+    wants = np.stack([_needed(fields, num_stages, num_microbatches, cells) for fields in (forward, backward)])
     needs = np.where(wants >= 0, made_by[wants], -1)
     missing = (wants >= 0) & (needs < 0)
     own = _own(forward, backward, made_by, num_microbatches, cells)
     if missing.any() or (own == -2).any():
         raise PlanError("the schedule lacks an action that another one needs")
-    before = np.where(np.arange(lengths.sum()) == np.repeat(np.cumsum(lengths) - lengths, lengths), -1, 0)
-    before = np.where(before < 0, -1, np.arange(lengths.sum()) - 1)
-    if (own >= np.arange(lengths.sum())).any() or ((own >= 0) & (rank[own] != rank)).any():
+    steps = np.arange(lengths.sum())
+    before = np.where(np.isin(steps, place[:, 0]), -1, steps - 1)
+    if (own >= steps).any() or ((own >= 0) & (rank[own] != rank)).any():
         raise PlanError("the schedule takes a backward before its forward, or on another rank")
     order, first = _order(place, lengths, needs)
     number = np.empty_like(order)
@@ -117,7 +117,7 @@ def step_ends(waves: Waves, seconds: Any, transfer: Any = 0.0, hidden: Any = 0.0
     first = waves.first.tolist()
     waits = [crosses.reshape(-1, *[1] * len(extra)) * lag for crosses in waves.crosses]
     paired = bool(second.any())
-    for a, b in zip(first[:-1], first[1:], strict=True):
+    for a, b in pairwise(first):
         start = np.maximum(ends[waves.before[a:b]], ends[waves.needs[0, a:b]] + waits[0][a:b])
         if paired:
             start = np.maximum(start, ends[waves.needs[1, a:b]] + waits[1][a:b])
@@ -130,15 +130,15 @@ def step_ends(waves: Waves, seconds: Any, transfer: Any = 0.0, hidden: Any = 0.0
 def _fields(rows: Sequence[Sequence[Action | Pair]]) -> tuple[Ints, Ints]:
     """Stage, code and microbatch of every step and of a pair's backward, each [3, steps]; -1 where there is none."""
     steps = [step for row in rows for step in row]
-    one = [step.forward if isinstance(step, Pair) else step for step in steps]
-    forward = np.empty((3, len(steps)), dtype=np.int64)
-    forward[0] = [action[0] for action in one]
-    forward[1] = [_CODES[action[1]] for action in one]
-    forward[2] = [action[2] for action in one]
+    paired = has_pairs(steps)
+    pairs = [(i, step) for i, step in enumerate(steps) if isinstance(step, Pair)] if paired else []
+    one = [step.forward if isinstance(step, Pair) else step for step in steps] if paired else steps
+    stages, directions, microbatches = zip(*one, strict=True)
+    letters = np.frombuffer("".join(directions).encode(), dtype=np.uint8)
+    forward = np.stack([np.asarray(stages), _CODE_OF_LETTER[letters], np.asarray(microbatches)])
     backward = np.full((3, len(steps)), -1, dtype=np.int64)
-    for i, step in enumerate(steps):
-        if isinstance(step, Pair):
-            backward[:, i] = step.backward.stage, _CODES[step.backward.direction], step.backward.microbatch
+    for i, step in pairs:
+        backward[:, i] = step.backward.stage, _CODES[step.backward.direction], step.backward.microbatch
     return forward, backward
 
 
@@ -150,12 +150,13 @@ def _result(stage: Ints, code: Ints, microbatch: Ints, num_microbatches: int, ce
 
 
 def _refuse_twice(results: Ints, made_by: Ints) -> None:
-    if len(np.unique(results)) < len(results) or (made_by[results] >= 0).any():
+    if np.bincount(results, minlength=1).max() > 1 or (made_by[results] >= 0).any():
         raise PlanError("the schedule has an action twice")
 
 
-def _needed(stage: Ints, code: Ints, microbatch: Ints, num_stages: int, num_microbatches: int, cells: int) -> Ints:
+def _needed(fields: Ints, num_stages: int, num_microbatches: int, cells: int) -> Ints:
     """The neighbour's result that each action waits for, -1 if none."""
+    stage, code, microbatch = fields
     cell = stage * num_microbatches + microbatch
     gradient = (code == _CODES[Direction.BACKWARD]) | (code == _CODES[Direction.BACKWARD_INPUT])
     ahead = np.where((code == _CODES[Direction.FORWARD]) & (stage > 0), cell - num_microbatches, -1)

@@ -153,7 +153,7 @@ def quantiles(residuals: Floats) -> tuple[float, float]:
     (split conformal prediction); for few runs the extremes.
     """
     ordered = np.sort(residuals)
-    rank = max(1, int((len(ordered) + 1) * (1 - SHARE) / 2))
+    rank = max(1, int((len(ordered) + 1) * (1 - SHARE) / 2 + 1e-9))
     return min(float(ordered[rank - 1]), 0.0), max(float(ordered[-rank]), 0.0)
 
 
@@ -178,7 +178,7 @@ def bands_toml(bands: Bands) -> str:
     """The file's text."""
     lines = [
         "# Factors of a predicted step time between which four of five left-out runs were measured.",
-        "# Written by `autopar validate --report`; the first rule that matches a case applies.",
+        "# Written by `autopar validate --report DIR --ship-bands`; the first rule that matches a case applies.",
     ]
     for rule in bands.band:
         lines += ["", "[[band]]"]

@@ -25,8 +25,8 @@ class Bar:
 
 
 BARS = (
-    Bar(name="Megatron-LM 2022 (Korthikanti)", source="korthikanti22", percent=2.0),
-    Bar(name="Megatron-LM 2021 (SC'21)", source="sc21_megatron", percent=2.0),
+    Bar(name="Megatron-LM 2022", source="korthikanti22", percent=2.0),
+    Bar(name="Megatron-LM 2021", source="sc21_megatron", percent=2.0),
     Bar(name="Megatron-LM 2020", source="megatron_2020", percent=2.5),
     Bar(name="vTrain, 8 to 64 nodes", source="vtrain_multi", percent=7.5),
     Bar(name="vTrain, one node", source="vtrain_single", percent=6.0),

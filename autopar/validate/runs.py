@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from autopar.errors import InputError
+from autopar.fit.cases import read_rows
 from autopar.fit.problem import Case, Predictions, Problem, predict, prepare
-from autopar.runs import RunRow, Unsupported, interpret, read_runs
+from autopar.runs import RunRow, Unsupported, interpret
 from autopar.validate.bands import Band, Bands, band_of, load_bands
 from autopar.validate.plans import kendall_tau
 from costmodels.stack import load_stack
@@ -145,14 +146,7 @@ def validate_runs(paths: Sequence[str | Path], *, stack: str | None = None) -> R
     """
     if stack is not None:
         load_stack(stack)
-    rows: dict[str, RunRow] = {}
-    for number, path in enumerate(paths):
-        found = read_runs(path)
-        earlier = set(rows) if number else set()
-        for position, row in enumerate(found):
-            if row.id not in earlier:
-                rows[row.id if row.id not in rows else f"{row.id}#{number}.{position}"] = row
-    return validate_rows(tuple(rows.values()), stack=stack)
+    return validate_rows(read_rows(paths), stack=stack)
 
 
 def validate_rows(rows: Sequence[RunRow], *, stack: str | None = None) -> RunsValidation:

@@ -110,7 +110,7 @@ def study(
         tell({"study": "fits without each model", "done": 1, "of": 4})
         models = leave_out(result, model_keys(problem.cases))
         tell({"study": "fits without each source", "done": 2, "of": 4})
-        sources = leave_out(result, [case.source for case in problem.cases], renew_beyond=0.15)
+        sources = leave_out(result, [case.source for case in problem.cases])
     tell({"study": "summaries", "done": 3, "of": 4})
     time = _judge(validation, Quantity.TIME, result, models, sources)
     memory = _judge(validation, Quantity.MEMORY, result, models, sources)

@@ -27,7 +27,8 @@ def fit_attention() -> tuple[TableFit, ...]:
     return (
         *(_by_length("a100-80g", kernel, "fwd+bwd") for kernel in ("flash1", "flash2")),
         *(_by_length("h100", kernel, phase) for kernel, phase in (("flash1", "fwd+bwd"), ("flash2", "fwd+bwd"))),
-        *(_by_length("h100", kernel, "fwd") for kernel in ("flash2", "flash3", "cudnn")),
+        _by_length("h100", "flash2", "fwd", ships=False),
+        *(_by_length("h100", kernel, "fwd") for kernel in ("flash3", "cudnn")),
         *(_by_heads(card, phase) for card in ("a100-pcie", "b200") for phase in ("fwd", "bwd")),
     )
 
@@ -58,7 +59,7 @@ def measured_seconds(device: Device, rows: Sequence[Row]) -> Array:
     return seconds
 
 
-def _by_length(card: str, kernel: str, phase: str) -> TableFit:
+def _by_length(card: str, kernel: str, phase: str, ships: bool = True) -> TableFit:
     """Length and head size; tokens are constant over a chart, so that waves are too."""
     rows, device = rows_where("attention", device=card, kernel=kernel, phase=phase), table_device(card)
 
@@ -69,7 +70,9 @@ def _by_length(card: str, kernel: str, phase: str) -> TableFit:
     start = {"peak_fraction": 0.5, **LENGTHS, "head_half": 20.0}
     lengths = [row["seq"] for row in rows]
     measured = measured_seconds(device, rows)
-    return fit(f"{card} {kernel} {phase}", law, start, measured, lengths, table=CHARTS, left_out="a length")
+    place = ("devices", card, "attention_kernels", kernel, "forward") if ships else ()
+    name = f"{card} {kernel} {phase}"
+    return fit(name, law, start, measured, lengths, table=CHARTS, left_out="a length", ships_in=place)
 
 
 def _by_heads(card: str, phase: str) -> TableFit:
@@ -84,4 +87,7 @@ def _by_heads(card: str, phase: str) -> TableFit:
     start = {"peak_fraction": 0.5, "wave_half": 2.0, "unequal_share": 0.9}
     heads = [row["heads"] for row in rows]
     measured = measured_seconds(device, rows)
-    return fit(f"{card} attention {phase}", law, start, measured, heads, table=SIMUMAX, left_out="a number of heads")
+    shipped = {"a100-pcie": "a100-80g"}.get(card, card)
+    place = ("devices", shipped, "attention_kernels", kernel, "backward" if phase == "bwd" else "forward")
+    name, words = f"{card} attention {phase}", "a number of heads"
+    return fit(name, law, start, measured, heads, table=SIMUMAX, left_out=words, ships_in=place)

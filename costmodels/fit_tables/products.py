@@ -49,7 +49,32 @@ def fit_products() -> tuple[TableFit, ...]:
     )
 
 
-START = {"peak_fraction": 0.7, "k_half": 100.0, "byte_cost": 0.7, "quantization": 0.5, "rows_half": 200.0}
+FORMS: Mapping[str, tuple[str, ...]] = {
+    "a constant": (),
+    "inner dimension": ("k_half",),
+    "all dimensions": ("m_half", "n_half", "k_half"),
+    "bytes": ("byte_cost",),
+    "inner dimension and waves": ("k_half", "quantization"),
+    "bytes and waves": ("byte_cost", "quantization"),
+    "bytes, inner dimension and waves": ("byte_cost", "k_half", "quantization"),
+}
+"""Laws of the efficiency of a product, by the constants that they have beside a level."""
+
+
+def compare_forms(card: str) -> dict[str, TableFit]:
+    """Fits of every form to the plain products of a card (``a100-pcie``, ``b200``), by name of the form."""
+    return {form: _dense(card, free, "") for form, free in FORMS.items()}
+
+
+START = {
+    "peak_fraction": 0.7,
+    "m_half": 100.0,
+    "n_half": 100.0,
+    "k_half": 100.0,
+    "byte_cost": 0.7,
+    "quantization": 0.5,
+    "rows_half": 200.0,
+}
 
 
 def _fit(

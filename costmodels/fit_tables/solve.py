@@ -13,6 +13,8 @@ Law = Callable[[Mapping[str, float]], Array]
 
 SOFT = 0.1
 """Relative error above which a row counts less than quadratically: tables hold rows that no smooth law describes."""
+SHARES = ("peak_fraction", "unequal_share", "efficiency", "efficiency_of", "in_network", "tree")
+"""Constants that are at most 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +63,7 @@ def fit(
     left_out: str,
     ships_in: tuple[str, ...] = (),
 ) -> TableFit:
-    """Fit constants (at or above zero) of a law to measured seconds.
+    """Fit constants (at or above zero, shares at most 1) of a law to measured seconds.
 
     Args:
         law: constants -> seconds of every row.
@@ -105,5 +107,7 @@ def _solve(law: Law, start: Mapping[str, float], measured: Array, rows: NDArray[
         found: Array = np.log(law(dict(zip(names, x * scale, strict=True))) / measured)[rows]
         return found
 
-    solution = least_squares(residuals, np.ones(len(names)), bounds=(1e-6, np.inf), loss="soft_l1", f_scale=SOFT)
+    most = np.array([1.0 if name.split(".")[0] in SHARES else np.inf for name in names]) / scale
+    first = np.minimum(1.0, most * (1 - 1e-9))
+    solution = least_squares(residuals, first, bounds=(1e-6, most), loss="soft_l1", f_scale=SOFT)
     return {name: float(value) for name, value in zip(names, solution.x * scale, strict=True)}

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from costmodels.errors import InputError
-from costmodels.hardware import device_names, group_span, load_cluster, load_device
+from costmodels.hardware import device_names, fabric_names, group_span, load_cluster, load_device, load_fabric
 from costmodels.stack import load_stack, stack_names
 from costmodels.units import GB, GIB, TFLOPS
 
 
 def test_shipped_devices_name_the_origin_of_their_numbers() -> None:
-    assert {"v100", "a100-40g", "a100-80g", "h100", "h200", "b200", "cpu"} <= set(device_names())
+    nvidia = {"v100", "a100-40g", "a100-80g", "a800", "h100", "h100-500w", "h800", "h200", "b200", "b300"}
+    assert nvidia | {"gb200", "gb300", "mi300x", "cpu"} == set(device_names())
     for name in device_names():
         device = load_device(name)
         assert {"peak_flops", "memory", "matmul", "attention", "bandwidth_fraction"} <= set(device.origins)
@@ -26,6 +27,36 @@ def test_datasheet_numbers() -> None:
     assert load_device("a100-40g").memory_bytes == 40 * GIB
     assert load_cluster("h100:8x8").world_size == 64
     assert load_cluster("a100-80g:16").num_nodes == 1
+
+
+def test_a_device_like_another_differs_in_what_it_says() -> None:
+    h100, h800, h200 = (load_cluster(f"{name}:2x8") for name in ("h100", "h800", "h200"))
+    assert h800.device.matmul == h100.device.matmul
+    assert h800.node_link.bandwidth == 200 * GB
+    assert h800.node_link.efficiency == h100.node_link.efficiency
+    assert h200.device.memory_bandwidth == 4800 * GB
+    assert h200.device.origins["attention"] == h100.device.origins["attention"]
+    gb300, gb200, b200 = (load_device(name) for name in ("gb300", "gb200", "b200"))
+    assert gb300.peak("nvfp4") == pytest.approx(1.5 * gb200.peak("nvfp4"))
+    assert gb200.attention_kernels == b200.attention_kernels
+    ratio = gb300.attention.peak_fraction / b200.attention.peak_fraction
+    assert ratio == pytest.approx(1.86, rel=1e-2)
+
+
+def test_fabrics_take_the_bandwidth_of_the_cluster(tmp_path) -> None:
+    assert {"infiniband", "roce", "omnipath", "efa", "ethernet"} == set(fabric_names())
+    for name in fabric_names():
+        link = load_fabric(name, 25e9)
+        assert (link.bandwidth, link.pipelined) == (25e9, True)
+        assert {"bandwidth", "latency", "efficiency", "slowdown"} <= set(link.origins)
+    with pytest.raises(InputError, match="unknown fabric 'infini'; did you mean 'infiniband'"):
+        load_fabric("infini", 1e9)
+    path = tmp_path / "c.toml"
+    path.write_text('device = "h100"\nnum_nodes = 3\nfabric = "efa"\n')
+    assert load_cluster(str(path)).network_link == load_fabric("efa", 50e9)
+    path.write_text('device = "cpu"\nnum_nodes = 3\nfabric = "ethernet"\n')
+    with pytest.raises(InputError, match="fabric and fabric_GBps"):
+        load_cluster(str(path))
 
 
 def test_v100_has_no_bf16() -> None:

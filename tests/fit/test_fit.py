@@ -40,9 +40,7 @@ class Run:
 LEVEL = Constant(
     name="devices.a100-80g.matmul.peak_fraction", start=0.8, low=0.4, high=1.0, prior_sigma=0.3, why="level of products"
 )
-NETWORK = Constant(
-    name="devices.a100-80g.network_link.efficiency", start=0.75, low=0.2, high=1.0, prior_sigma=0.5, why="network"
-)
+NETWORK = Constant(name="fabrics.infiniband.efficiency", start=0.75, low=0.2, high=1.0, prior_sigma=0.5, why="network")
 RESERVE = Constant(
     name="stacks.megatron-core.memory.reserve_bytes", start=2e9, low=1e8, high=2e10, prior_sigma=1.0, why="libraries",
     quantity=Quantity.MEMORY,
@@ -102,12 +100,12 @@ def test_two_processes_find_the_same() -> None:
 
 def test_leaving_a_model_out_equals_a_fit_without_it() -> None:
     runs = _measured(0.68, 0.5, 5e9)
-    runs = [replace(r, measured_s=(r.measured_s or 0) * (1.2 if r.source == "large" else 1.0)) for r in runs]
+    runs = [replace(r, measured_s=(r.measured_s or 0) * (1.06 if r.source == "large" else 1.0)) for r in runs]
     result = fit(runs, (LEVEL, NETWORK), processes=1)
-    left = leave_out(result, [architecture(run) for run in runs], chords=4, renew_beyond=0.1, processes=1)
+    left = leave_out(result, [architecture(run) for run in runs], processes=1)
     without = fit([r for r in runs if r.source == "small"], (LEVEL, NETWORK), processes=1)
     values = left.values[architecture(runs[-1])]
-    assert values == pytest.approx(without.values, rel=0.01)
+    assert values == pytest.approx(without.values, rel=0.03)
     found = predict(result.problem, spec_values((LEVEL, NETWORK), values))
     expected = math.log(found.step_s[-1] / (runs[-1].measured_s or 0))
     row = [o.case for o in result.observations].index(len(runs) - 1)

@@ -9,6 +9,11 @@ from autopar.graph import Op, OpKind, SavedTensor, Split
 from autopar.model.layers.builder import Builder, kept
 
 
+CLAMPED_PASSES = (22, 38)
+"""Passes over an activation's output forward and backward where nothing is fused: two clamps (4), scaled sigmoid (4),
+gate times sigmoid (3), one added (2), product (3), the biases of the product before (6); backward of each."""
+
+
 def feed_forward(builder: Builder, prefix: str, block: int, source: str, *, width: int, module: str) -> str:
     """Add the part with inner ``width`` and return its last operation."""
     spec, h = builder.spec, builder.spec.hidden_size
@@ -42,6 +47,8 @@ def activation(
     if gated:
         saved += (kept(f"{name}.intermediate", size, split),)
     forward, backward = (5, 9) if gated else (2, 3)
+    if gated and builder.spec.clamped_activation:
+        forward, backward = CLAMPED_PASSES
     op = Op(
         name=name,
         kind=OpKind.ACTIVATION,

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.report.plots.labels import place_labels
-from autopar.report.style import ACCENT, GRID, INK, MUTED, PAPER, legend_above, new_figure, styled
+from autopar.report.style import ACCENT, GRID, INK, MUTED, PAPER, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Floats = NDArray[np.float64]
 
@@ -63,6 +64,9 @@ def runs_scatter(points: Points, *, worst: int = 4, what: str = "step time") -> 
         axes.set_xlabel(f"measured {what} [{points.unit}]")
         axes.set_ylabel(f"predicted {what} [{points.unit}]")
         axes.set_title(points.title)
+        axes.annotate(
+            "band: \u00b110%", (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=10, color=MUTED
+        )  # fmt: skip
         off = np.argsort(-np.abs(points.errors), kind="stable")[:worst]
         off = off[np.abs(points.errors[off]) > 100 * BAND / 2]
         rest = np.setdiff1d(np.arange(len(points.measured)), off)
@@ -118,16 +122,19 @@ def _plain_ticks(axes: Axes, ratio: float) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     subs: Sequence[float] = (1.0,) if ratio > 300 else (1.0, 3.0) if ratio > 30 else (1.0, 2.0, 5.0)
-    if ratio < 4:
-        subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    if ratio < 12:
+        subs = (1.0, 2.0, 3.0, 5.0) if ratio > 4 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=subs))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def error_strips(panels: Sequence[Points], goals: Sequence[float | None]) -> Figure:
-    """Signed errors of every run, a strip a source: points, their quartiles, and the goal as a grey box around zero."""
+def error_strips(panels: Sequence[Points], goals: Sequence[float | None], *, title: str) -> Figure:
+    """Signed errors of every run, a strip a source: points, their quartiles, and the goal as a grey box around zero.
+
+    Errors beyond CLIP are diamonds at the edge.
+    """
     rng = np.random.default_rng(1)
     with styled():
         figure = new_figure(0.52 * len(panels) + 1.5)
@@ -152,10 +159,10 @@ def error_strips(panels: Sequence[Points], goals: Sequence[float | None]) -> Fig
         axes.set_yticks(range(len(panels)), [f"{p.title}  ({len(p.measured)})" for p in reversed(panels)])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.set(xlim=(-CLIP, CLIP), ylim=(-0.6, len(panels) - 0.4))
+        axes.set(xlim=(-CLIP - 2, CLIP + 2), ylim=(-0.6, len(panels) - 0.4))
         axes.grid(axis="x", zorder=0)
-        axes.set_xlabel("predicted / measured \u2212 1 [%]; the model was left out of the fit (diamonds: beyond 40%)")
-        axes.set_title("Errors of single runs; grey: goal for the mean absolute error")
+        axes.set_xlabel("predicted / measured \u2212 1 [%]")
+        axes.set_title(title)
     return figure
 
 
@@ -194,7 +201,7 @@ def errors_and_goals(lines: Sequence[ErrorLine]) -> Figure:
                         [value], [y], linestyle="none", marker=marker, markersize=size, markerfacecolor=face,
                         markeredgecolor=edge, markeredgewidth=1.7, zorder=4,
                     )  # fmt: skip
-        handles = _legend_handles(axes)
+        handles = _legend_handles()
         axes.set_yticks(range(len(lines)), [line.title for line in reversed(lines)])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -202,8 +209,8 @@ def errors_and_goals(lines: Sequence[ErrorLine]) -> Figure:
         axes.grid(axis="x", zorder=0)
         _percent_ticks(axes)
         axes.set_xlabel("mean absolute error of the step time [%]")
-        axes.set_title("Errors by source", pad=34)
-        legend_above(axes, 5, handles=handles)
+        figure.suptitle("Step time: errors by source", x=0.01, ha="left", fontsize=13.5, fontweight="bold")
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, columnspacing=1.4, handletextpad=0.4)
     return figure
 
 
@@ -215,7 +222,7 @@ def _percent_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _legend_handles(axes: Axes) -> list[object]:
+def _legend_handles() -> list[Line2D]:
     from matplotlib.lines import Line2D
 
     def dot(label: str, marker: str, face: str, edge: str) -> Line2D:
