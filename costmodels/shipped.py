@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -45,7 +46,7 @@ def read_shipped(folder: str, name: str) -> dict[str, Any]:
     """Read one specification as plain data. Raises InputError with the nearest name."""
     if name not in shipped_names(folder):
         raise InputError(f"unknown {folder.removesuffix('s')} '{name}'{nearest(name, shipped_names(folder))}")
-    data = read_toml(str(resources.files("costmodels") / "specs" / folder / f"{name}.toml"))
+    data = copy.deepcopy(_parsed(folder, name))
     for (its_folder, its_name, *tables, key), value in _REPLACED.get().items():
         if (its_folder, its_name) == (folder, name):
             place = data
@@ -53,6 +54,11 @@ def read_shipped(folder: str, name: str) -> dict[str, Any]:
                 place = place.setdefault(table, {})
             place[key] = value
     return data
+
+
+@cache
+def _parsed(folder: str, name: str) -> dict[str, Any]:
+    return read_toml(str(resources.files("costmodels") / "specs" / folder / f"{name}.toml"))
 
 
 def load_shipped(kind: type[Record], folder: str, name: str) -> Record:

@@ -92,9 +92,11 @@ class ContextHabits:
 
     Attributes:
         exposed: share of the exchange of keys and values that attention does not hide.
+        copies: of queries, keys and values that attention keeps beside its inputs.
     """
 
     exposed: float = 1.0
+    copies: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

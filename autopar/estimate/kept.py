@@ -13,16 +13,22 @@ from autopar.graph import RECOMPUTE_MODULES, AttentionShape, Op, OpKind, SavedTe
 from autopar.shard import Degrees, activation_share, batch_scale, boundary_bytes, kept_bytes
 
 STATISTICS = ("statistics", "logsumexp")
+INPUTS = ".qkv"
 INTERMEDIATE = "act.intermediate"
 
 
-def section_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) -> Any:
-    """Bytes that these operations keep for their backward without recomputation."""
+def section_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees, *, scores: bool = True) -> Any:
+    """Bytes that these operations keep for their backward without recomputation; with the ``scores`` of unfused
+    attention or without."""
     stack, scale = setting.stack, batch_scale(setting.graph, degrees)
     unfused = attention_kernel(setting) == UNFUSED
     sizes: dict[Split, float] = {}
     total: Any = np.zeros_like(np.asarray(degrees.tp, dtype=float))
     for op in ops:
+        if isinstance(op.shape, AttentionShape) and stack.context.copies:
+            inputs = [tensor for tensor in op.saved if tensor.name.endswith(INPUTS)]
+            again = kept_bytes(inputs, setting.graph, degrees, stack)
+            total = total + np.where(np.asarray(degrees.cp) > 1, again * stack.context.copies, 0.0)
         if op.kind is OpKind.LOSS and stack.memory.loss_bytes:
             logits = max((tensor.num_bytes for tensor in op.saved), default=0) / setting.graph.itemsize
             sizes[op.split] = sizes.get(op.split, 0.0) + logits * stack.memory.loss_bytes
@@ -31,7 +37,7 @@ def section_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) ->
         for tensor in _really_saved(op, setting):
             if not (inner and tensor.name.endswith(STATISTICS)):
                 sizes[tensor.split] = sizes.get(tensor.split, 0.0) + tensor.num_bytes
-        if inner:
+        if inner and scores:
             total = total + score_bytes(op, setting, degrees)
     for split, size in sizes.items():
         total = total + size * activation_share(split, degrees, stack) * scale

@@ -9,6 +9,7 @@ engines hold copies of what they update.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -73,16 +74,16 @@ def rank_memory(
     buckets = np.where(in_buckets, gradients, 0.0)
 
     early = (m > flight) | stack.data.persistent_gradients
-    full = work.kept * flight + work.block_kept
     late = work.kept * np.maximum(flight - 1, 0.0)
     gradient_of_largest = work.largest * setting.gradient_bytes
     # Unsharded gradients of a sharded block wait for their scatter.
     waiting = np.where((zero >= 2) & (shards > 1), work.block_parameters * setting.gradient_bytes, 0.0)
     whole = np.where(in_buckets & (m == 1), 0.0, gradients)
     adds = (m > 1) & ~np.asarray(stack.kernels.fused_accumulation)
-    temporary = np.where(adds, work.working_adding, work.working)
-    if stack.memory.working == "boundary":
-        temporary = _boundary_working(plans, boundary) + stack.memory.block_share * work.block_activations
+    loss, block = _moments(setting, plans, work, flight, boundary, adds)
+    in_block = block.total > loss.total
+    full = np.where(in_block, block.activations, loss.activations)
+    temporary = np.where(in_block, block.working, loss.working)
     at_start = np.where(early, whole, 0.0) + full + temporary
     at_end = whole + late + gradient_of_largest + waiting
     first = at_start >= at_end
@@ -107,6 +108,30 @@ def rank_memory(
         fragmentation=stack.memory.fragmentation * used,
         reserve=np.full_like(used, stack.memory.reserve_bytes),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    activations: Floats
+    working: Floats
+
+    @property
+    def total(self) -> Floats:
+        return self.activations + self.working
+
+
+def _moments(
+    setting: Setting, plans: PlanArrays, work: RankWork, flight: Floats, boundary: Floats, adds: Any
+) -> tuple[_Moment, _Moment]:
+    """First backward of the last microbatch: the loss, and, once that is gone, the first block."""
+    habits = setting.stack.memory
+    held = work.kept * flight
+    ends = np.where(adds, work.working_ends_adding, work.working_ends)
+    inside = np.where(adds, work.working_adding, work.working)
+    if habits.working == "boundary":
+        ends = inside = _boundary_working(plans, boundary)
+    inside = inside + habits.block_share * work.block_activations
+    return _Moment(held, ends), _Moment(held - work.kept_loss + work.block_kept, inside)
 
 
 def _boundary_working(plans: PlanArrays, boundary: Floats) -> Floats:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from autopar.estimate.arrays import Ints, PlanArrays
 from autopar.estimate.exchange import collective_calls_seconds, dispatch_seconds, merged
 from autopar.estimate.kept import freed_bytes, op_level_kept_bytes, section_kept_bytes, working_bytes
-from autopar.estimate.opcosts import launches, op_seconds
+from autopar.estimate.opcosts import UNFUSED, attention_kernel, launches, op_seconds
 from autopar.estimate.setting import Setting
 from autopar.graph import RECOMPUTE_MODULES, Op, OpGraph, OpKind, Split
 from autopar.shard import (
@@ -67,6 +67,8 @@ class Prices:
         again, again_calls: seconds of compute and launches of recomputing a module (RECOMPUTE_MODULES).
         again_full, again_tensor: seconds of compute and of tensor parallel communication of recomputing the block.
         kept, kept_full: bytes kept for backward without recomputation and with the whole block recomputed.
+        kept_linear: ``kept`` without the scores of unfused attention.
+        kept_loss: bytes that the loss keeps.
         freed: bytes that recomputing a module frees.
         working: bytes of the largest operation's temporary results in backward.
         working_adding: the same with the gradients of its own weights, before they are added to those of earlier
@@ -93,6 +95,8 @@ class Prices:
     again_full: Floats
     again_tensor: Floats
     kept: Floats
+    kept_linear: Floats
+    kept_loss: Floats
     kept_full: Floats
     freed: Floats
     working: Floats
@@ -204,6 +208,11 @@ def _price_section(setting: Setting, degrees: Degrees, part: Section, by_module:
             row["again"][:, module] += forward
             row["again_calls"][:, module] += calls
     row["kept"] += section_kept_bytes(part.ops, setting, degrees)
+    row["kept_linear"] = row["kept"]
+    if attention_kernel(setting) == UNFUSED:
+        row["kept_linear"] = section_kept_bytes(part.ops, setting, degrees, scores=False)
+    losses = [op for op in part.ops if op.kind is OpKind.LOSS]
+    row["kept_loss"] += section_kept_bytes(losses, setting, degrees)
     if stack.memory.working == "operation":
         for op in part.ops:
             temporary = working_bytes(op, setting, degrees)

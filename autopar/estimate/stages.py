@@ -20,8 +20,8 @@ class RankWork:
     """What each pipeline rank does per microbatch (all its virtual stages), arrays [plans, ranks].
 
     Seconds of compute and of communication in forward and backward, recomputation apart; ``stall`` are the seconds
-    that the device waits for launches; bytes kept per microbatch by the plan's recompute setting; temporary bytes;
-    weights on a tensor parallel rank (``experts`` among them); groups of weights that are sharded together (each
+    that the device waits for launches; bytes kept per microbatch by the plan's recompute setting (``kept_loss`` by the
+    loss among them); temporary bytes in blocks and in the model's ends; weights on a tensor parallel rank (``experts`` among them); groups of weights that are sharded together (each
     block, and the rest).
     """
 
@@ -37,8 +37,11 @@ class RankWork:
     kept: Floats
     block_kept: Floats
     block_activations: Floats
+    kept_loss: Floats
     working: Floats
     working_adding: Floats
+    working_ends: Floats
+    working_ends_adding: Floats
     parameters: Floats
     experts: Floats
     vocabulary: Floats
@@ -159,9 +162,12 @@ def rank_work(
         ),
         kept=total(prices.kept) - again.freed,
         block_kept=np.where(again.full, largest(prices.kept * is_block), 0.0),
-        block_activations=largest(prices.kept * is_block),
-        working=largest(prices.working),
-        working_adding=largest(prices.working_adding),
+        block_activations=largest(prices.kept_linear * is_block),
+        kept_loss=total(prices.kept_loss),
+        working=largest(prices.working * is_block),
+        working_adding=largest(prices.working_adding * is_block),
+        working_ends=largest(prices.working * ~is_block),
+        working_ends_adding=largest(prices.working_adding * ~is_block),
         # A shared weight that lies on another pipeline rank than its owner is a second copy.
         parameters=total(prices.parameters) + (total(prices.shared) if len(counts) > 1 else 0.0),
         experts=total(prices.experts),

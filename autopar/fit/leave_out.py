@@ -59,11 +59,14 @@ def model_keys(cases: Sequence[Case]) -> tuple[Key, ...]:
     """The part of each case when one model is left out at a time.
 
     Runs of the same architecture leave together, from all sources. Where a source has a single architecture, that
-    would leave nothing of it, so one of its layouts leaves at a time.
+    would leave nothing of it, so one of its layouts leaves at a time. What counts are runs with a step time, for
+    sources that have any.
     """
     models: dict[str, set[Key]] = {}
+    timed = {case.source for case in cases if case.measured_s}
     for case in cases:
-        models.setdefault(case.source, set()).add(architecture(case))
+        if case.measured_s or case.source not in timed:
+            models.setdefault(case.source, set()).add(architecture(case))
     return tuple(variant(case) if len(models[case.source]) == 1 else architecture(case) for case in cases)
 
 

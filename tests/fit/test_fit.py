@@ -13,6 +13,7 @@ from autopar.errors import InputError
 from autopar.fit import architecture, fit, leave_out, predict, prepare
 from autopar.fit.constants import Constant, Quantity, parse_path, spec_values
 from autopar.fit.fork import fork_map
+from autopar.fit.leave_out import model_keys
 from autopar.fit.solve import Terms, linear_minimum, minimise, objective
 from autopar.fit.write_back import origin_keys, set_value
 from autopar.model.load import load_model
@@ -223,3 +224,12 @@ def test_write_back_adds_what_is_missing() -> None:
 def test_origins_go_to_the_deepest_table_of_origins() -> None:
     assert origin_keys(TOML, ("node_link", "efficiency")) == ("node_link", "origins", "efficiency")
     assert origin_keys(TOML, ("matmul", "k_half")) == ("origins", "matmul.k_half")
+
+
+def test_a_source_of_a_single_model_leaves_by_layout() -> None:
+    runs = _measured(0.68, 0.5, 5e9)
+    other = replace(runs[0], id="memory", source="large", measured_s=None)
+    small_keys, large_keys = model_keys([*runs, other])[:3], model_keys([*runs, other])[3:5]
+    assert len(set(small_keys)) == 3 and len(set(large_keys)) == 2
+    mixed = [replace(run, source="all") for run in runs]
+    assert list(model_keys(mixed)) == [architecture(run) for run in runs]
