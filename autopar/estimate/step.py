@@ -88,7 +88,7 @@ def step_terms(
     Passes are those of the slowest rank; what the pipeline adds to them is bubble and transfers.
     """
     slowdown = setting.cluster.slowdown(active_ranks(setting, plans))
-    accumulate = _accumulation(setting, work, num_microbatches) * slowdown
+    accumulate = _accumulation(setting, plans, work, num_microbatches) * slowdown
     update = _update(setting, plans, work) * slowdown
     data = exposed_data_parallel(setting, plans, work, num_microbatches)
     data = data + slowdown * copy_seconds(setting, plans, work, num_microbatches)
@@ -121,7 +121,8 @@ def step_terms(
     terms["optimizer"] = of(update, last)
     host = setting.stack.host.step_seconds
     terms["step_overhead"] = np.full_like(m, host)
-    doublings = np.log2(np.maximum(plans.world_size / setting.cluster.devices_per_node, 1.0))
+    nodes = plans.world_size / setting.cluster.devices_per_node
+    doublings = np.log2(np.maximum(np.minimum(nodes, plans.dp * plans.cp), 1.0))
     together: Floats = sum(terms.values(), np.zeros_like(m))
     terms["stragglers"] = setting.stack.straggler * doublings * together
     return {name: terms[name] for name in TERMS}
@@ -133,16 +134,21 @@ def active_ranks(setting: Setting, plans: PlanArrays) -> int:
     return min(machine, int(plans.world_size.max(initial=1)))
 
 
-def _accumulation(setting: Setting, work: RankWork, num_microbatches: Floats) -> Floats:
+def _accumulation(setting: Setting, plans: PlanArrays, work: RankWork, num_microbatches: Floats) -> Floats:
     """Adding every microbatch's gradients but the first to the sum: two reads and a write per weight.
 
     A product that accumulates in its epilogue saves one of the reads; where products are priced with the bytes that
-    they move, these are among them.
+    they move, these are among them. Where every microbatch's gradients are scattered, shards add up.
     """
     times = (num_microbatches - 1)[:, None]
     if setting.stack.kernels.fused_accumulation and setting.cluster.device.matmul.byte_cost:
         return np.zeros_like(times * work.parameters)
-    moved = (2 if setting.stack.kernels.fused_accumulation else 3) * setting.gradient_bytes * work.parameters
+    held = work.parameters
+    if setting.stack.data.accumulates_sharded:
+        zero = plans.zero[:, None]
+        parts = [sharded(group.parameters, zero, 2, group.shards) for group in weight_groups(plans, work)]
+        held = sum(parts[1:], parts[0])
+    moved = (2 if setting.stack.kernels.fused_accumulation else 3) * setting.gradient_bytes * held
     each: Floats = np.asarray(stream_seconds(setting.cluster.device, moved, "elementwise", ops=0.0))
     return times * each
 
