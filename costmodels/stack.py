@@ -55,8 +55,8 @@ class Host:
     Attributes:
         launch_seconds: of an operation's forward; backward takes twice that.
         calls: launches of a kind of operation, relative to one; ``collective`` for tensor parallel ones,
-            ``permute tensor parallel`` for
-            what dispatching adds under tensor parallelism, ``plain softmax`` for what unfused attention adds where its fused softmax does not fit.
+            ``permute tensor parallel`` for what dispatching adds under tensor parallelism, ``plain softmax`` for what
+            unfused attention adds where its fused softmax does not fit.
         graphed: share of launches that CUDA graphs save.
         exponent: q; 1 where launches block the device, large where they run ahead.
         step_seconds: per step, beside everything else.

@@ -62,12 +62,16 @@ def rank_memory(
     whole_weights = stack.data.shards_fp32 & (zero == 3) & (shards > 1) & (setting.weight_bytes < 4)
     parameters = np.where(whole_weights, held(4.0, 3), held(setting.weight_bytes, 3))
     # FSDP2 keeps the shards beside what it gathers; ZeRO-2 with gathered weights until the last backward.
-    shard_beside = np.where((zero == 2) & (shards > 1) & ~np.asarray(stack.data.persistent_gradients), weights / shards, 0.0)
+    shard_beside = np.where(
+        (zero == 2) & (shards > 1) & ~np.asarray(stack.data.persistent_gradients), weights / shards, 0.0
+    )
     unsharded = work.parameters * setting.gradient_bytes
     # Without a scatter per microbatch, gradients add up whole until the last one.
     adds_up_whole = (zero >= 2) & (m > 1) & ~np.asarray(stack.data.accumulates_sharded)
     gradients = np.where(adds_up_whole, unsharded, held(setting.gradient_bytes, 2))
-    state = optimizer_bytes_per_parameter(setting.workload.optimizer.value, setting.weight_bytes, stack.data.master_weights)
+    state = optimizer_bytes_per_parameter(
+        setting.workload.optimizer.value, setting.weight_bytes, stack.data.master_weights
+    )
     master = 4.0 if stack.data.master_weights else 0.0
     optimizer = np.where(whole_weights, held(state - master, 1), held(state, 1))
     in_buckets = (zero == 0) & (plans.replicas[column] > 1) & ~np.asarray(stack.data.persistent_gradients)

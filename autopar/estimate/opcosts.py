@@ -142,9 +142,7 @@ def _attention_seconds(op: Op, setting: Setting, degrees: Degrees) -> tuple[Any,
         return unfused(False) / kernels.attention_rate, unfused(True) / kernels.attention_rate
 
     def fused(backward: bool) -> Any:
-        found = attention_seconds(
-            device, precision, **arguments, kernel=kernel, window=shape.window, backward=backward
-        )
+        found = attention_seconds(device, precision, **arguments, kernel=kernel, window=shape.window, backward=backward)
         return found / kernels.attention_rate
 
     return fused(False), fused(True)

@@ -153,9 +153,7 @@ def _signature(op: Op) -> tuple[Any, ...]:
 
 def combinations(plans: PlanArrays) -> tuple[Degrees, Ints]:
     """Distinct (tp, cp, sp, microbatch, ep, etp) and, for every plan, the index of its own."""
-    columns = np.stack(
-        [plans.tp, plans.cp, plans.sp.astype(np.int64), plans.microbatch, plans.ep, plans.etp], axis=1
-    )
+    columns = np.stack([plans.tp, plans.cp, plans.sp.astype(np.int64), plans.microbatch, plans.ep, plans.etp], axis=1)
     if len(columns) == 1:
         distinct, inverse = columns, np.zeros(1, dtype=np.int64)
     else:

@@ -21,8 +21,8 @@ class RankWork:
 
     Seconds of compute and of communication in forward and backward, recomputation apart; ``stall`` are the seconds
     that the device waits for launches; bytes kept per microbatch by the plan's recompute setting (``kept_loss`` by the
-    loss among them); temporary bytes in blocks and in the model's ends; weights on a tensor parallel rank (``experts`` among them); groups of weights that are sharded together (each
-    block, and the rest).
+    loss among them); temporary bytes in blocks and in the model's ends; weights on a tensor parallel rank (``experts``
+    among them); groups of weights that are sharded together (each block, and the rest).
     """
 
     forward: Floats
@@ -101,8 +101,14 @@ def engine_split(num_blocks: int, num_stages: int, stack: Stack) -> tuple[int, .
 
 
 def section_counts(
-    parts: Sequence[Section], num_blocks: int, pp: int, vp: int, blocks: tuple[int, ...], stack: Stack,
-    *, v_shaped: bool = False,
+    parts: Sequence[Section],
+    num_blocks: int,
+    pp: int,
+    vp: int,
+    blocks: tuple[int, ...],
+    stack: Stack,
+    *,
+    v_shaped: bool = False,
 ) -> Floats:
     """How many pieces of each section every pipeline rank holds, [ranks, sections].
 
@@ -137,9 +143,7 @@ def rank_work(
     present = counts > 0
     blocks_only = counts * is_block
     again = _again(prices, rows, blocks_only, plans, total)
-    forward_communication = (
-        total(prices.tensor_forward) + total(prices.context_forward) + total(prices.expert_forward)
-    )
+    forward_communication = total(prices.tensor_forward) + total(prices.context_forward) + total(prices.expert_forward)
     backward_communication = (
         total(prices.tensor_backward) + total(prices.context_backward) + total(prices.expert_backward)
     ) + again.communication
@@ -242,10 +246,10 @@ def launch_stall_seconds(device: Floats, host: Floats, exponent: float) -> Float
 
 
 def with_overheads(work: RankWork, plans: PlanArrays, stack: Stack) -> RankWork:
-    """Add the host time of wrappers around passes: pipeline actions, and modules whose weights are gathered."""
+    """Add the host time of wrappers around passes: any pass, pipeline actions, modules whose weights are gathered."""
     calls = stack.overheads
     sharded = ((plans.zero >= 2) & (plans.shards > 1))[:, None] * work.num_groups
-    action = (plans.pp > 1)[:, None] * calls.get("pipeline.action", 0.0)
+    action = (plans.pp > 1)[:, None] * calls.get("pipeline.action", 0.0) + calls.get("pass", 0.0)
     return dataclasses.replace(
         work,
         forward=work.forward + action + sharded * calls.get("fsdp.module.forward", 0.0),

@@ -118,7 +118,8 @@ def _mixtral(config: Config, where: str) -> dict[str, Any]:
 
 
 def _gpt_oss(config: Config, where: str) -> dict[str, Any]:
-    return _mixtral(config, where) | {"bias": True, "window": config.get("sliding_window") or 0}
+    window = config.get("sliding_window") or 0
+    return _mixtral(config, where) | {"bias": True, "window": window, "clamped_activation": True}
 
 
 def _deepseek(config: Config, where: str) -> dict[str, Any]:

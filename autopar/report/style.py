@@ -34,7 +34,7 @@ TERM_COLORS = {
     "recompute": "#1fa79a",
     "tensor_parallel": "#d55e00",
     "context_parallel": "#8f2d56",
-    "expert_parallel": "#b5651d",
+    "expert_parallel": "#2f3f8f",
     "launch_bound": "#9a86c8",
     "pipeline_bubble": "#d3d6db",
     "pipeline_transfer": "#f0a830",
@@ -53,7 +53,7 @@ MEMORY_COLORS = {
     "activations": "#8cc4f0",
     "working": "#35b5a6",
     "buffers": "#c2187f",
-    "fragmentation": "#a3abb6",
+    "fragmentation": "#7e5aa8",
     "reserve": "#c9ced5",
 }
 

@@ -95,7 +95,7 @@ def test_quantization_counts_tiles_and_waves(m: int, n: int, count: int) -> None
 def test_low_precisions_have_rates_of_their_own() -> None:
     h100, b200 = load_device("h100"), load_device("b200")
     shape = (8192, 8192, 8192)
-    assert 1.5 < float(matmul_seconds(h100, "bf16", *shape) / matmul_seconds(h100, "fp8", *shape)) < 2.2
+    assert 1.5 < float(matmul_seconds(h100, "bf16", *shape) / matmul_seconds(h100, "fp8", *shape)) < 2.6
     order = [float(matmul_seconds(b200, p, *shape)) for p in ("bf16", "mxfp8", "fp8", "nvfp4")]
     assert order == sorted(order, reverse=True)
     with pytest.raises(InputError, match="h100 has no nvfp4"):

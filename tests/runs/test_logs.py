@@ -22,7 +22,7 @@ def test_torchtitan() -> None:
     assert (row.mem_gb_per_gpu, row.mfu) == (46.17, pytest.approx(0.3598))
     case = interpret(row)
     assert isinstance(case, RunCase)
-    assert case.plan == parse_slug("tp2.pp1.vp1.cp1.dp4.z3.mb2.ac-selective+layernorm+mlp.sp")
+    assert case.plan == parse_slug("tp2.pp1.vp1.cp1.dp4.z3.mb2.ac-selective+op_level.sp")
     assert case.stack == "torchtitan+async-tp"
     assert (case.cluster.device.name, case.memory_basis) == ("h100-500w", "reserved")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from autopar.graph import Op, OpKind, SavedTensor, Split
 from autopar.model.layers.builder import Builder, kept
 
-
 CLAMPED_PASSES = (22, 38)
 """Passes over an activation's output forward and backward where nothing is fused: two clamps (4), scaled sigmoid (4),
 gate times sigmoid (3), one added (2), product (3), the biases of the product before (6); backward of each."""
