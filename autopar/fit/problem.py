@@ -137,7 +137,7 @@ def prepare(cases: Sequence[Case]) -> Problem:
         good, costs = _priceable(setting, arrays, indices, failures)
         if good:
             arrays = to_arrays([cases[i].plan for i in good])
-            costs = _measured_ranks(setting, [cases[i] for i in good], costs)
+            costs = _as_measured(setting, [cases[i] for i in good], costs)
             groups.append(
                 Group(
                     graph=setting.graph, workload=workload, cluster=first.cluster, stack=stack, plans=arrays,
@@ -187,8 +187,13 @@ def _joined(costs: Sequence[Costs]) -> Costs:
     )
 
 
-def _measured_ranks(setting: Setting, cases: Sequence[Case], costs: Costs) -> Costs:
-    """Memory of the pipeline rank that was measured, where that is not the fullest."""
+def _as_measured(setting: Setting, cases: Sequence[Case], costs: Costs) -> Costs:
+    """Memory of the pipeline rank that was measured, where that is not the fullest, and of what was counted there.
+
+    Allocated memory is without what the allocator cannot use and without what lies outside it, reserved memory without
+    the latter (u of u (1 + f) + r, and u (1 + f)).
+    """
+    habits = setting.stack.memory
     of_rank = {
         "first": lambda held: held[0],
         "last": lambda held: held[-1],
@@ -201,6 +206,11 @@ def _measured_ranks(setting: Setting, cases: Sequence[Case], costs: Costs) -> Co
             held = estimate(setting, case.plan).memory_per_rank
             memory = memory if memory is not costs.memory_bytes else memory.copy()
             memory[position] = of_rank[rank](held)
+        basis = getattr(case, "memory_basis", "")
+        if basis in ("allocated", "reserved"):
+            memory = memory if memory is not costs.memory_bytes else memory.copy()
+            reserved = memory[position] - habits.reserve_bytes
+            memory[position] = reserved / (1 + habits.fragmentation if basis == "allocated" else 1.0)
     return dataclasses.replace(costs, memory_bytes=memory)
 
 
@@ -225,7 +235,7 @@ def evaluate(problem: Problem, group: Group, components: Components, *, memory: 
     """Price one group under ``components``; without ``memory`` that of the fullest rank is given for every case."""
     setting = _setting(problem, group, components)
     costs = estimate_many(setting, group.plans)
-    return _measured_ranks(setting, [problem.cases[i] for i in group.indices], costs) if memory else costs
+    return _as_measured(setting, [problem.cases[i] for i in group.indices], costs) if memory else costs
 
 
 def _setting(problem: Problem, group: Group, components: Components) -> Setting:
