@@ -136,6 +136,11 @@ def read_stack(row: RunRow, engine: Engine) -> Read[str]:
     words = row.words("source", "model_name", "framework", "dtype", "notes")
     known = stack_variants(engine.stack)
     asked = [variant for pattern, variant in VARIANTS if has(words, pattern)]
-    unknown = [variant for variant in asked if variant not in known]
+    assumed = [f"{engine.stack} has no setting '{variant}': left out" for variant in asked if variant not in known]
     chosen = [engine.stack, *(variant for variant in asked if variant in known)]
-    return "+".join(chosen), tuple(f"{engine.stack} has no setting '{variant}': left out" for variant in unknown)
+    if engine.stack == "megatron-bridge" and row.n_experts and not has(words, r"dispatcher|\brecipe\b"):
+        # Its tuned recipes set one; a recipe that is quoted without one keeps the engine's plain default.
+        usual = "hybridep" if has(row.words("gpu"), r"\bgb\d") else "deepep"
+        chosen.append(usual)
+        assumed.append(f"dispatcher of experts not stated: {usual} assumed")
+    return "+".join(chosen), tuple(assumed)
