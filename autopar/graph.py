@@ -193,8 +193,8 @@ class OpGraph:
     itemsize: int
 
     def __hash__(self) -> int:
-        """By identity: graphs are built once and serve as keys of what is derived from them."""
-        return id(self)
+        """Of its numbers alone: a graph has thousands of operations, and is a key of what is derived from it."""
+        return hash((self.name, self.num_blocks, self.batch_size, self.seq_len, self.itemsize, len(self.ops)))
 
     def digraph(self) -> nx.DiGraph[str]:
         """The graph in networkx, each node with its ``op``."""

@@ -20,7 +20,7 @@ from costmodels.errors import InputError
 from costmodels.links import CollectiveCurve, Link, LinkSpec, fabric_names, load_fabric
 from costmodels.rates import AttentionKernel, AttentionRate, MatmulRate
 from costmodels.records import from_plain, read_toml
-from costmodels.shipped import read_shipped, shipped_names
+from costmodels.shipped import merged, read_shipped, shipped_names
 from costmodels.units import GB, GIB, TFLOPS
 
 __all__ = [
@@ -239,12 +239,7 @@ def _inherited(data: dict[str, Any]) -> dict[str, Any]:
     """A specification on top of the one that it is ``like``, table by table."""
     if "like" not in data:
         return data
-    return _merged(_inherited(read_shipped("devices", data["like"])), {k: v for k, v in data.items() if k != "like"})
-
-
-def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    nested = {k: _merged(base[k], v) for k, v in own.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return {**base, **own, **nested}
+    return merged(_inherited(read_shipped("devices", data["like"])), {k: v for k, v in data.items() if k != "like"})
 
 
 def load_device(name: str) -> Device:

@@ -74,3 +74,12 @@ def _load(kind: Any, folder: str, name: str) -> Any:
 @cache
 def _load_once(kind: Any, folder: str, name: str) -> Any:
     return _load(kind, folder, name)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, table by table: a specification on top of the one that it builds on."""
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result

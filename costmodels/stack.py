@@ -14,7 +14,7 @@ from typing import Any
 
 from costmodels.errors import InputError, nearest
 from costmodels.records import from_plain
-from costmodels.shipped import read_shipped, shipped_names
+from costmodels.shipped import merged, read_shipped, shipped_names
 from costmodels.units import MIB
 
 
@@ -215,7 +215,7 @@ class Stack:
     """Traits of one engine.
 
     Attributes:
-        straggler: longer step per doubling of nodes.
+        straggler: longer step per doubling of data parallel replicas that lie on nodes of their own.
         algorithms: collective kind to algorithm, where it is not the ring (see costmodels.collectives).
         overheads: host seconds per call, by name, beside the device's op_overhead.
         origins: where numbers come from, by ``group.field``.
@@ -255,7 +255,7 @@ def load_stack(text: str) -> Stack:
     for variant in chosen:
         if variant not in variants:
             raise InputError(f"stack {name} has no variant '{variant}'{nearest(variant, variants)}")
-        plain = _merged(plain, variants[variant])
+        plain = merged(plain, variants[variant])
     return from_plain(Stack, {**plain, "name": text}, f"stack {text}")
 
 
@@ -267,13 +267,4 @@ def _tables(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if base is None:
         return found, variants
     below, below_variants = _tables(base)
-    return _merged(below, found), _merged(below_variants, variants)
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` over ``below``, table by table."""
-    result = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = _merged(result[key], value) if both else value
-    return result
+    return merged(below, found), merged(below_variants, variants)

@@ -93,7 +93,7 @@ def _evaluate(setting: Setting, plans: PlanArrays) -> Iterator[tuple[Ints, dict[
 
 
 def _pipeline_ends(setting: Setting, plans: PlanArrays, work: RankWork, m: Floats, transfer: Floats) -> PipelineEnds:
-    alone = closed_form_ends(setting, plans, work, m, transfer)
+    alone = closed_form_ends(plans, work, m, transfer)
     if not setting.cluster.sharing:
         return alone
     if work.parameters.shape[1] == 1:

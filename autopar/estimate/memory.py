@@ -22,8 +22,6 @@ from costmodels.memory import optimizer_bytes_per_parameter, sharded
 from costmodels.pipeline import peak_in_flight
 
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "working", "buffers", "fragmentation", "reserve")
-OUTSIDE_ALLOCATED = ("fragmentation", "reserve")
-"""Items that an allocator does not count as allocated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

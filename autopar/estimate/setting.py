@@ -10,9 +10,9 @@ from costmodels.hardware import Cluster
 from costmodels.stack import Stack
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Setting:
-    """The question that every candidate plan answers.
+    """The question that every candidate plan answers. Compared by identity: what is priced under it is kept.
 
     Attributes:
         graph: the model at the workload's sequence length and precision.
@@ -25,10 +25,6 @@ class Setting:
     workload: Workload
     cluster: Cluster
     stack: Stack
-
-    def __hash__(self) -> int:
-        """By identity: a setting is given once, and what is priced under it is kept."""
-        return id(self)
 
     @property
     def weight_bytes(self) -> int:

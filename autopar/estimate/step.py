@@ -56,9 +56,7 @@ def transfer_seconds(setting: Setting, plans: PlanArrays, boundary: Floats) -> F
     return np.asarray(np.where(plans.pp > 1, seconds + setting.collective_wait, 0.0))
 
 
-def closed_form_ends(
-    setting: Setting, plans: PlanArrays, work: RankWork, num_microbatches: Floats, transfer: Floats
-) -> PipelineEnds:
+def closed_form_ends(plans: PlanArrays, work: RankWork, num_microbatches: Floats, transfer: Floats) -> PipelineEnds:
     """Ends on processors of their own: the schedule's closed form for the first rank.
 
     Later ranks end as many backwards sooner, but where gradients of weights are put off to the end.

@@ -11,7 +11,6 @@ from autopar.estimate import Setting, estimate, to_arrays
 from autopar.estimate.kept import section_kept_bytes
 from autopar.estimate.pieces import combinations, sections
 from autopar.estimate.stages import engine_split, launch_stall_seconds
-from autopar.graph import Split
 from autopar.model.build import build_graph
 from autopar.model.presets import load_preset
 from autopar.model.spec import ModelSpec
@@ -20,6 +19,7 @@ from autopar.shard import EXPERT_SPLITS, expert_collectives, local_parameters
 from autopar.workload import Precision, Workload
 from costmodels.errors import InputError
 from costmodels.hardware import load_cluster
+from costmodels.shipped import read_shipped
 from costmodels.stack import Stack, load_stack, stack_names, stack_variants
 
 GPT = ModelSpec(
@@ -186,7 +186,19 @@ def test_a_variant_changes_only_what_it_names() -> None:
     assert same == base
 
 
-def test_experts_count_once_a_token_in_a_split_sequence() -> None:
-    graph = build_graph(load_preset("qwen3-30b-a3b"), seq_len=4096)
-    assert any(op.split is Split.EXPERT_ROW for op in graph.block_ops(3))
-    assert graph.top_k == 8
+def test_origins_speak_of_what_a_stack_has() -> None:
+    """No origin outlives its number."""
+    for name in stack_names():
+        plain = {**read_shipped("stacks", name)}
+        for origin in plain["origins"]:
+            stack, keys = load_stack(name), origin.split(".")
+            if keys[0] == "variants":
+                assert keys[1] in stack_variants(name), f"{name}: {origin}"
+                continue
+            place = getattr(stack, keys[0])
+            if len(keys) > 1:
+                rest = ".".join(keys[1:])
+                while rest and hasattr(place, rest.split(".")[0]):
+                    head, _, rest = rest.partition(".")
+                    place = getattr(place, head)
+                assert not rest or rest in place, f"{name}: {origin}"
