@@ -191,7 +191,7 @@ class _DeviceSpec:
     attention_kernels: Mapping[str, AttentionKernel] = field(default_factory=dict)
     num_units: int = 0
     domain_size: int = 0
-    matmul_level: float = 1.0
+    matmul_level: Mapping[str, float] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def device(self) -> Device:
@@ -207,23 +207,22 @@ class _DeviceSpec:
             peak_flops={precision: peak * TFLOPS for precision, peak in self.peak_TFLOPs.items()},
             memory_bytes=self.memory_GiB * GIB,
             memory_bandwidth=self.memory_bandwidth_GBps * GB,
-            matmul=self._levelled(self.matmul),
+            matmul=self._levelled("default", self.matmul),
             matmul_backward=self.matmul_backward,
             attention=forward,
             attention_backward=backward,
             bandwidth_fraction=self.bandwidth_fraction,
             op_overhead=self.op_overhead_us * 1e-6,
-            matmul_of={precision: self._levelled(rate) for precision, rate in self.matmul_of.items()},
+            matmul_of={precision: self._levelled(precision, rate) for precision, rate in self.matmul_of.items()},
             attention_kernels=self.attention_kernels,
             num_units=self.num_units,
             origins=self.origins,
         )
 
-    def _levelled(self, rate: MatmulRate) -> MatmulRate:
+    def _levelled(self, precision: str, rate: MatmulRate) -> MatmulRate:
         """A rate of the device that this one is like, at the power and clocks of this one (``matmul_level``)."""
-        if self.matmul_level == 1.0:
-            return rate
-        return dataclasses.replace(rate, peak_fraction=rate.peak_fraction * self.matmul_level)
+        level = self.matmul_level.get(precision, self.matmul_level.get("default", 1.0))
+        return rate if level == 1.0 else dataclasses.replace(rate, peak_fraction=rate.peak_fraction * level)
 
 
 def device_names() -> tuple[str, ...]:

@@ -106,13 +106,15 @@ class ExpertHabits:
     Attributes:
         exposed: share of all-to-all time that is not hidden.
         deduplicates: a token goes to a node once, however many of its experts are there.
-        bandwidth_share: of the links, that dispatch and combine reach, relative to large collectives.
+        bandwidth_share, network_share: of the links in a node and between nodes, that dispatch and combine reach,
+            relative to large collectives.
         dispatch_bytes: per element of a dispatched token.
     """
 
     exposed: float = 1.0
     deduplicates: bool = False
     bandwidth_share: float = 1.0
+    network_share: float = 1.0
     dispatch_bytes: float = 2.0
 
 

@@ -42,11 +42,12 @@ def collective_calls_seconds(setting: Setting, collective: Collective, ranks: An
 
 
 def dispatch_seconds(setting: Setting, collective: Collective, degrees: Degrees) -> Any:
-    """Seconds of handing tokens to experts or back, over node and network at once: the sum of both.
+    """Seconds of handing tokens to experts or back: the longer of what node links and network carry at the same time.
 
     Of the rows that leave a rank, (l-1)/N stay in its node and (N-l)/N cross the network (l ranks per node, k nodes,
     N in all). A dispatcher that sends a token to a node once divides the crossing rows by the mean number of a
-    token's experts per node that has any: k (1 - (1 - 1/k)^e)/e of e experts a token (DeepSeek-V3 2024, DeepEP).
+    token's experts per node that has any, e / (k (1 - (1 - 1/k)^e)) of e experts a token, and hands them on inside the
+    node, where (l-1)/l of all rows pass (DeepSeek-V3 2024, DeepEP).
     """
     cluster, habits = setting.cluster, setting.stack.experts
     ranks, stride = np.asarray(degrees.ep, dtype=float), np.asarray(degrees.etp, dtype=float)
@@ -55,7 +56,8 @@ def dispatch_seconds(setting: Setting, collective: Collective, degrees: Degrees)
     chosen = max(setting.graph.top_k, 1)
     once = nodes * (1 - (1 - 1 / nodes) ** chosen) / chosen if habits.deduplicates else 1.0
     inner, outer = cluster.node_link, cluster.network_link
-    inside = size * (local - 1) / ranks / (inner.speed * habits.bandwidth_share)
-    across = size * (ranks - local) / ranks * np.minimum(once, 1.0) / (outer.speed * habits.bandwidth_share)
+    near = local if habits.deduplicates else ranks
+    inside = size * (local - 1) / near / (inner.speed * habits.bandwidth_share)
+    across = size * (ranks - local) / ranks * np.minimum(once, 1.0) / (outer.speed * habits.network_share)
     latency = np.where(ranks > 1, inner.latency, 0.0) + np.where(nodes > 1, outer.latency, 0.0)
-    return np.where(np.asarray(collective.count) > 0, latency + inside + across, 0.0)
+    return np.where(np.asarray(collective.count) > 0, latency + np.maximum(inside, across), 0.0)

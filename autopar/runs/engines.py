@@ -103,6 +103,7 @@ VARIANTS: tuple[tuple[str, str], ...] = (
     (r"bf16 optimizer|fp32 grad(ient)? accumulation", "bf16-master-gradients"),
     (r"type:transformer\|embedding|account[-_]for[-_](embedding|loss)", "balanced-ends"),
     (r"bigscience|cuda_launch_blocking", "blocking-launches"),
+    (r"simumax", "slow-products"),
 )  # fmt: skip
 
 
@@ -138,9 +139,20 @@ def read_stack(row: RunRow, engine: Engine) -> Read[str]:
     asked = [variant for pattern, variant in VARIANTS if has(words, pattern)]
     assumed = [f"{engine.stack} has no setting '{variant}': left out" for variant in asked if variant not in known]
     chosen = [engine.stack, *(variant for variant in asked if variant in known)]
-    if engine.stack == "megatron-bridge" and row.n_experts and not has(words, r"dispatcher|\brecipe\b"):
-        # Its tuned recipes set one; a recipe that is quoted without one keeps the engine's plain default.
-        usual = "hybridep" if has(row.words("gpu"), r"\bgb\d") else "deepep"
-        chosen.append(usual)
-        assumed.append(f"dispatcher of experts not stated: {usual} assumed")
+    if engine.stack == "megatron-bridge" and row.n_experts:
+        usual = _usual_recipe(row, words)
+        chosen += usual
+        assumed += [f"recipe not stated: {variant} assumed" for variant in usual]
     return "+".join(chosen), tuple(assumed)
+
+
+def _usual_recipe(row: RunRow, words: str) -> list[str]:
+    """What Megatron-Bridge's tuned recipes set for experts, where a row names neither a dispatcher nor a recipe.
+
+    A recipe that is quoted without a dispatcher, and runs outside its tables of performance, keep the plain one.
+    """
+    if has(words, r"dispatcher|\brecipe\b") or not has(row.words("source_ref"), r"performance"):
+        return []
+    if not has(row.words("gpu"), r"\bgb\d"):
+        return ["deepep"]
+    return ["hybridep"] if has(words, r"cuda[_ -]?graph") else ["hybridep", "cuda-graph-partial"]
