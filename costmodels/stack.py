@@ -33,6 +33,7 @@ class Kernels:
         traffic: bytes that a kind of operation moves, relative to one fused kernel, by kind.
         quantize_bytes: moved per element that is cast to a narrower type before a product.
         fused_accumulation: weight gradients are added to their sum by the product that makes them.
+        fused_projections: products of one input with several weights (queries, keys, values; gate and up) are one.
         recompute_stops_early: recomputing a block leaves out its last product, whose result backward does not need.
     """
 
@@ -45,6 +46,7 @@ class Kernels:
     traffic: Mapping[str, float] = field(default_factory=dict)
     quantize_bytes: float = 5.0
     fused_accumulation: bool = False
+    fused_projections: bool = False
     recompute_stops_early: bool = False
 
 
@@ -217,7 +219,7 @@ class Stack:
     """Traits of one engine.
 
     Attributes:
-        straggler: longer step per doubling of data parallel replicas that lie on nodes of their own.
+        straggler: longer step per doubling of data parallel replicas that lie on machines (of eight devices) of their own.
         algorithms: collective kind to algorithm, where it is not the ring (see costmodels.collectives).
         overheads: host seconds per call, by name, beside the device's op_overhead.
         origins: where numbers come from, by ``group.field``.

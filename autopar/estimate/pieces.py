@@ -6,7 +6,7 @@ then only add pieces up. Quantities are per microbatch on one rank of a pipeline
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -19,7 +19,7 @@ from autopar.estimate.exchange import collective_calls_seconds, dispatch_seconds
 from autopar.estimate.kept import freed_bytes, op_level_kept_bytes, section_kept_bytes, working_bytes
 from autopar.estimate.opcosts import UNFUSED, attention_kernel, launches, op_seconds
 from autopar.estimate.setting import Setting
-from autopar.graph import RECOMPUTE_MODULES, Op, OpGraph, OpKind, Split
+from autopar.graph import RECOMPUTE_MODULES, MatmulShape, Op, OpGraph, OpKind, Split
 from autopar.shard import (
     EXPERT_SPLITS,
     Degrees,
@@ -31,6 +31,7 @@ from autopar.shard import (
     parameter_share,
     tensor_collectives,
 )
+from costmodels.stack import Stack
 
 Floats = NDArray[np.float64]
 
@@ -39,13 +40,18 @@ Floats = NDArray[np.float64]
 class Section:
     """Operations of one unlike block with the blocks that are like it; -1 and num_blocks are the model's ends.
 
-    ``priced`` are the same operations with their number where several cost alike: equal products once, memory-bound
-    operations of one kind as one with the bytes of all.
+    ``separate`` are the same operations with their number where several cost alike: equal products once, memory-bound
+    operations of one kind as one with the bytes of all. ``fused`` are these with column products of one input as one.
     """
 
     ops: tuple[Op, ...]
     blocks: tuple[int, ...]
-    priced: tuple[tuple[Op, int], ...]
+    separate: tuple[tuple[Op, int], ...]
+    fused: tuple[tuple[Op, int], ...]
+
+    def priced(self, stack: Stack) -> tuple[tuple[Op, int], ...]:
+        """Operations as a stack launches them, with their number."""
+        return self.fused if stack.kernels.fused_projections else self.separate
 
     def is_block(self, graph: OpGraph) -> bool:
         """Whether this is a repeated block, which recomputation may cover."""
@@ -118,14 +124,34 @@ PRODUCTS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
 def sections(graph: OpGraph) -> tuple[Section, ...]:
     """Group equal blocks. Two blocks are equal if their operations are, names aside."""
     by_block: dict[int, list[Op]] = {}
+    producers: dict[str, tuple[str, ...]] = {}
     for op in graph.ops:
         by_block.setdefault(op.block, []).append(op)
+    for producer, consumer in graph.edges:
+        producers[consumer] = (*producers.get(consumer, ()), producer)
     classes: dict[Any, tuple[tuple[Op, ...], list[int]]] = {}
     for block, ops in by_block.items():
         is_block = 0 <= block < graph.num_blocks
         key = ("block" if is_block else block, tuple(_signature(op) for op in ops))
         classes.setdefault(key, (tuple(ops), []))[1].append(block)
-    return tuple(Section(ops, tuple(blocks), _merged(ops)) for ops, blocks in classes.values())
+    return tuple(
+        Section(ops, tuple(blocks), _merged(ops), _merged(_joined(ops, producers))) for ops, blocks in classes.values()
+    )
+
+
+def _joined(ops: Sequence[Op], producers: Mapping[str, tuple[str, ...]]) -> list[Op]:
+    """Column products of one input as one product with all their columns: queries, keys and values; gate and up."""
+    found: dict[Any, Op] = {}
+    for op in ops:
+        key: Any = op.name
+        if op.kind is OpKind.MATMUL and op.split is Split.COLUMN and isinstance(op.shape, MatmulShape):
+            key = (op.shape.m, op.shape.k, op.module, producers.get(op.name))
+        first = found.get(key)
+        if first is not None:
+            assert isinstance(first.shape, MatmulShape) and isinstance(op.shape, MatmulShape)
+            op = replace(first, shape=replace(first.shape, n=first.shape.n + op.shape.n))
+        found[key] = op
+    return list(found.values())
 
 
 def _merged(ops: Sequence[Op]) -> tuple[tuple[Op, int], ...]:
@@ -193,7 +219,7 @@ def _price_section(setting: Setting, degrees: Degrees, part: Section, by_module:
     modules = np.zeros((len(degrees.tp), len(RECOMPUTE_MODULES)))
     row: dict[str, Any] = {f.name: (modules if f.name in BY_MODULE else zeros).copy() for f in fields(Prices)}
     last_product: Any = 0.0
-    for op, number in part.priced:
+    for op, number in part.priced(setting.stack):
         forward, backward = op_seconds(op, setting, degrees, number)
         calls = launches(op, setting, degrees) * number
         row["forward"] += forward
@@ -236,7 +262,7 @@ def _price_op_level(row: dict[str, Any], setting: Setting, degrees: Degrees, par
     """What recomputing by module frees; and recomputing operation by operation, attention and every second product
     kept (torchtitan's selective checkpoint)."""
     level = RECOMPUTE_MODULES.index(OP_LEVEL)
-    for op, number in part.priced:
+    for op, number in part.priced(setting.stack):
         if op.kind is OpKind.ATTENTION:
             continue
         share = 0.5 if op.kind in PRODUCTS else 1.0

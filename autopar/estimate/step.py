@@ -20,6 +20,8 @@ from costmodels.pipeline import pipeline_seconds, schedule_seconds
 
 WEIGHT_SHARE = 0.5
 """Share of a backward that is the gradients of weights; exact for products, attention and norms have none."""
+STRAGGLER_DEVICES = 8
+"""Devices of the machine in whose number stragglers are counted, so that nodes of four and of eight compare."""
 SPLIT_BACKWARD = (ScheduleName.ZB_H1, ScheduleName.ZB_H2, *V_SCHEDULES)
 
 TERMS = (
@@ -119,8 +121,8 @@ def step_terms(
     terms["optimizer"] = of(update, last)
     host = setting.stack.host.step_seconds
     terms["step_overhead"] = np.full_like(m, host)
-    nodes = plans.world_size / setting.cluster.devices_per_node
-    doublings = np.log2(np.maximum(np.minimum(nodes, plans.dp * plans.cp), 1.0))
+    machines = plans.world_size / STRAGGLER_DEVICES
+    doublings = np.log2(np.maximum(np.minimum(machines, plans.dp * plans.cp), 1.0))
     together: Floats = sum(terms.values(), np.zeros_like(m))
     terms["stragglers"] = setting.stack.straggler * doublings * together
     return {name: terms[name] for name in TERMS}
