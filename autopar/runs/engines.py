@@ -142,19 +142,23 @@ def read_stack(row: RunRow, engine: Engine) -> Read[str]:
     assumed = [f"{engine.stack} has no setting '{variant}': left out" for variant in asked if variant not in known]
     chosen = [engine.stack, *(variant for variant in asked if variant in known)]
     if engine.stack == "megatron-bridge" and row.n_experts:
-        usual = _usual_recipe(row, words)
+        usual = [variant for variant in _usual_recipe(row, words) if variant not in chosen]
         chosen += usual
         assumed += [f"recipe not stated: {variant} assumed" for variant in usual]
     return "+".join(chosen), tuple(assumed)
 
 
 def _usual_recipe(row: RunRow, words: str) -> list[str]:
-    """What Megatron-Bridge's tuned recipes set for experts, where a row names neither a dispatcher nor a recipe.
+    """What Megatron-Bridge's tuned recipes set where a row of its tables of performance does not say.
 
-    A recipe that is quoted without a dispatcher, and runs outside its tables of performance, keep the plain one.
+    A recipe that is quoted without a dispatcher, and runs outside these tables, keep the plain one. Source: the
+    workload configurations in its scripts/performance, by release.
     """
     if has(words, r"dispatcher|\brecipe\b") or not has(row.words("source_ref"), r"performance"):
         return []
-    if not has(row.words("gpu"), r"\bgb\d"):
-        return ["deepep"]
-    return ["hybridep"] if has(words, r"cuda[_ -]?graph") else ["hybridep", "cuda-graph-partial"]
+    first_release = has(words, r"\b25\.0\d\b")
+    if has(row.words("model_name"), "deepseek") and has(row.words("gpu"), "h100"):
+        return ["deepep", "a2a-overlap"] if first_release else ["hybridep"]
+    if first_release:
+        return []
+    return ["hybridep", "cuda-graph-partial"] if has(row.words("gpu"), r"\bgb\d") else ["hybridep"]

@@ -104,6 +104,8 @@ def read_recompute(row: RunRow, engine: Engine, latent: bool, blocks_per_stage: 
             assumed.append(f"recomputation not stated: {setting} assumed, as usual with {engine.stack}")
     if has(setting, r"^(none|no|off|false|0)\b"):
         return Recomputing(), tuple(assumed)
+    if has(setting, r"selective") and has(notes, r"modules default"):
+        return Recomputing(), (*assumed, "the recipe's list of modules is empty: nothing is recomputed")
     if has(setting, r"selective"):
         found, more = _selective(f"{setting}; {notes}", engine, blocks_per_stage)
         return found, (*assumed, *more)
