@@ -151,10 +151,11 @@ def read_stack(row: RunRow, engine: Engine) -> Read[str]:
 def _usual_recipe(row: RunRow, words: str) -> list[str]:
     """What Megatron-Bridge's tuned recipes set where a row of its tables of performance does not say.
 
-    A recipe that is quoted without a dispatcher, and runs outside these tables, keep the plain one. Source: the
-    workload configurations in its scripts/performance, by release.
+    A recipe that is quoted without a dispatcher, and runs outside these tables that name none of its other settings,
+    keep the plain one. Source: the workload configurations in its scripts/performance, by release.
     """
-    if has(words, r"dispatcher|\brecipe\b") or not has(row.words("source_ref"), r"performance"):
+    tuned = has(row.words("source_ref"), r"performance") or has(words, r"\bgraphs\b|ep overlap")
+    if not tuned or has(words, r"dispatcher|\brecipe\b"):
         return []
     first_release = has(words, r"\b25\.0\d\b")
     if has(row.words("model_name"), "deepseek") and has(row.words("gpu"), "h100"):

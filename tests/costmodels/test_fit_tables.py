@@ -13,6 +13,7 @@ from costmodels.fit_tables.solve import fit
 from costmodels.fit_tables.tables import numbers, rows_where
 from costmodels.hardware import load_cluster, load_device, load_fabric
 from costmodels.shipped import read_shipped
+from costmodels.stack import load_stack
 
 LEVELS = {"peak_fraction", "efficiency", "tree"}
 """Set by training runs, or rounded below 1: not compared with what ships."""
@@ -106,8 +107,12 @@ def test_large_all_reduces_of_two_nodes(table: str, fabric: str) -> None:
 
 
 def test_levels_of_products_stay_near_their_tables(fits: dict[str, TableFit]) -> None:
-    """Training runs set the levels; a level far off its table would stand for something else."""
+    """Training runs set the levels; a level far off its table would stand for something else.
+
+    The table of B200 is of one machine, whose products are slower than those of others (``slow-products``).
+    """
+    machine = {"b200 products": load_stack("megatron-core+slow-products").kernels.matmul_rate}
     for name, device, precision in (("a100-pcie products", "a100-80g", "bf16"), ("b200 products", "b200", "bf16"),
                                     ("h800 fp8 products", "h800", "fp8-block")):  # fmt: skip
         shipped = load_device(device).matmul_rate(precision).peak_fraction
-        assert shipped == pytest.approx(fits[name].constants["peak_fraction"], rel=0.2)
+        assert shipped * machine.get(name, 1.0) == pytest.approx(fits[name].constants["peak_fraction"], rel=0.2)

@@ -102,3 +102,11 @@ def test_stacks_load() -> None:
     assert {"megatron-core", "torchtitan", "autopar-gloo", "autopar-nccl"} <= set(stack_names())
     with pytest.raises(InputError, match="unknown stack 'megatron'; did you mean 'megatron-core'"):
         load_stack("megatron")
+
+
+def test_a_like_device_is_levelled_but_where_it_says_otherwise() -> None:
+    gb300, gb200 = load_device("gb300"), load_device("gb200")
+    level = gb300.matmul_rate("bf16").peak_fraction / gb200.matmul_rate("bf16").peak_fraction
+    assert level > 1.05
+    assert gb300.matmul_rate("mxfp8").peak_fraction == pytest.approx(level * gb200.matmul_rate("mxfp8").peak_fraction)
+    assert gb300.matmul_rate("nvfp4").peak_fraction == gb200.matmul_rate("nvfp4").peak_fraction

@@ -51,8 +51,8 @@ CASES = [
     ("mlperf-015", "tp4.pp6.vp8.cp1.dp448.z1.mb1.ac-none.sp", "nemo-2024+cuda-graph-partial", "fp8", "h100", 1344),
     ("megatron_bridge-260", "tp1.pp1.vp1.cp1.dp8.z3.mb1.ac-full5", "megatron-bridge", "fp8", "h100", 1),
     ("bridge_memory_studies-004", "tp2.pp1.vp1.cp1.ep8.dp4.z1.mb1.ac-selective+mlp+mla_up_proj.sp",
-     "megatron-bridge+deepep", "bf16", "h100", 1),
-    ("simumax_b200-007", "tp1.pp1.vp1.cp1.ep8.dp8.z1.mb1.ac-none", "megatron-core", "bf16", "b200", 1),
+     "megatron-bridge", "bf16", "h100", 1),
+    ("simumax_b200-007", "tp1.pp1.vp1.cp1.ep8.dp8.z1.mb1.ac-none", "megatron-core+slow-products", "bf16", "b200", 1),
     ("automodel-010", "tp1.pp1.vp1.cp2.dp32.z3.mb1.ac-none", "automodel", "bf16", "h100", 8),
     ("nemo_2407-009", "tp2.pp4.vp10.cp1.dp8.z1.mb2.ac-none.sp", "nemo-2024", "fp8", "h100", 8),
 ]  # fmt: skip
@@ -163,7 +163,7 @@ def test_devices_memory_and_domains() -> None:
     [
         ("Megatron-LM", 2019, "megatron-2020"), ("Megatron-LM", 2021, "megatron-2021"),
         ("Megatron-LM", 2022, "megatron-2022"), ("Megatron-LM", 2025, "megatron-core"),
-        ("Megatron-LM 0.14", 2022, "megatron-core"), ("NeMo 24.07", 2024, "nemo-2024"),
+        ("Megatron-LM 0.14", 2022, "megatron-core"), ("NeMo 24.07", 2024, "nemo-2024"), ("NeMo", 2023, "nemo-2023"),
         ("NeMo AutoModel (PyTorch)", 2025, "automodel"), ("Megatron-Bridge / NeMo 26.02", 2026, "megatron-bridge"),
         ("Hugging Face accelerate", 2023, "deepspeed"), ("my own", 2026, "torchtitan"),
     ],
@@ -179,7 +179,8 @@ def test_engines_by_name_and_year(framework: str, year: int, stack: str) -> None
         ("recipe A: cuda_graph=local:full_iteration", "megatron-bridge+cuda-graph-full"),
         ("recipe A: cuda_graph=none:full_iteration", "megatron-bridge"),
         ("recipe A: cuda_graph=transformer_engine:['attn', 'moe_router']", "megatron-bridge+cuda-graph-partial"),
-        ("", "megatron-bridge+hybridep"),
+        ("", "megatron-bridge+hybridep+cuda-graph-partial"),
+        ("NeMo container 25.09", "megatron-bridge"),
         ("dispatcher=deepep", "megatron-bridge+deepep"),
         ("dispatcher=hybridep", "megatron-bridge+hybridep"),
         ("alltoall fallback dispatcher, no permute fusion", "megatron-bridge+plain-dispatcher"),
@@ -187,6 +188,30 @@ def test_engines_by_name_and_year(framework: str, year: int, stack: str) -> None
 )
 def test_settings_of_an_engine(notes: str, stack: str) -> None:
     assert _case("megatron_bridge-009", notes=notes).stack == stack
+
+
+@pytest.mark.parametrize(
+    ("notes", "stack"),
+    [
+        ("NeMo container 25.09", "megatron-bridge+deepep+a2a-overlap"),
+        ("NeMo container 25.11", "megatron-bridge+hybridep"),
+        ("NeMo container 25.11; dispatcher=deepep", "megatron-bridge+deepep"),
+    ],
+)
+def test_recipes_of_an_expert_model_by_release(notes: str, stack: str) -> None:
+    assert _case("megatron_bridge-001", gpu="H100-80GB", gpus_per_node=8, notes=notes).stack == stack
+
+
+def test_settings_of_a_tuned_recipe_outside_its_tables() -> None:
+    here: dict[str, Any] = {"source_ref": "skills/SKILL.md", "gpu": "H100-80GB", "gpus_per_node": 8}
+    assert _case("megatron_bridge-009", **here, notes="mock data").stack == "megatron-bridge"
+    assert _case("megatron_bridge-009", **here, notes="EP overlap off; mock data").stack == "megatron-bridge+hybridep"
+
+
+def test_a_recipe_with_an_empty_list_of_modules_recomputes_nothing() -> None:
+    case = _case("megatron_bridge-001")
+    assert case.plan.recompute is Recompute.NONE
+    assert any("nothing is recomputed" in text for text in case.assumptions)
 
 
 def test_a_setting_that_the_engine_does_not_have_is_left_out_and_said() -> None:
