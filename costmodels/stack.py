@@ -219,7 +219,7 @@ class Stack:
     """Traits of one engine.
 
     Attributes:
-        straggler: longer step per doubling of data parallel replicas that lie on machines (of eight devices) of their own.
+        straggler: longer step per doubling of data parallel replicas that have machines of eight devices of their own.
         algorithms: collective kind to algorithm, where it is not the ring (see costmodels.collectives).
         overheads: host seconds per call, by name, beside the device's op_overhead.
         origins: where numbers come from, by ``group.field``.
