@@ -80,10 +80,11 @@ def _evaluate(setting: Setting, plans: PlanArrays) -> Iterator[tuple[Ints, dict[
     prices = price(setting, degrees, parts, by_module=selective)
     boundary = np.asarray(boundary_bytes(graph, degrees, setting.stack))
     is_block = np.asarray([part.is_block(graph) for part in parts])
+    is_end = np.asarray([part.is_end(graph) for part in parts])
     for (pp, vp, v_shaped, blocks), indices in stage_groups(plans):
         group = plans.select(indices)
         counts = section_counts(parts, graph.num_blocks, pp, vp, blocks, setting.stack, v_shaped=v_shaped)
-        work = rank_work(prices, rows[indices], counts, is_block, group, setting.stack)
+        work = rank_work(prices, rows[indices], counts, is_block, is_end, group, setting.stack)
         work = with_overheads(work, group, setting.stack)
         m = np.asarray(setting.workload.global_batch / (group.dp * group.microbatch))
         edge = boundary[rows[indices]]

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from autopar.estimate.arrays import Ints, PlanArrays
 from autopar.estimate.exchange import collective_calls_seconds, dispatch_seconds, merged
-from autopar.estimate.kept import freed_bytes, op_level_kept_bytes, section_kept_bytes, working_bytes
+from autopar.estimate.kept import (
+    PRODUCTS,
+    freed_bytes,
+    knows_no_products,
+    op_level_kept_bytes,
+    section_kept_bytes,
+    working_bytes,
+)
 from autopar.estimate.opcosts import UNFUSED, attention_kernel, launches, op_seconds
 from autopar.estimate.setting import Setting
 from autopar.graph import RECOMPUTE_MODULES, Op, OpGraph, OpKind, Split
@@ -50,6 +57,10 @@ class Section:
     def is_block(self, graph: OpGraph) -> bool:
         """Whether this is a repeated block, which recomputation may cover."""
         return 0 <= self.blocks[0] < graph.num_blocks
+
+    def is_end(self, graph: OpGraph) -> bool:
+        """Whether this comes after the last block: norm, head, loss, and heads for tokens further ahead."""
+        return self.blocks[0] >= graph.num_blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +122,6 @@ class Prices:
 
 BY_MODULE = ("again", "again_calls", "freed")
 OP_LEVEL = "op_level"
-PRODUCTS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
 
 
 @lru_cache(maxsize=1024)
@@ -239,7 +249,7 @@ def _price_op_level(row: dict[str, Any], setting: Setting, degrees: Degrees, par
     for op, number in part.priced:
         if op.kind is OpKind.ATTENTION:
             continue
-        share = 0.5 if op.kind in PRODUCTS else 1.0
+        share = 0.5 if op.kind in PRODUCTS and not knows_no_products(setting) else 1.0
         row["again"][:, level] += share * op_seconds(op, setting, degrees, number)[0]
         row["again_calls"][:, level] += share * launches(op, setting, degrees) * number
     freed = freed_bytes(part.ops, setting, degrees)
