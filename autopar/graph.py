@@ -112,12 +112,14 @@ class Parameter:
 class SavedTensor:
     """A tensor that autograd keeps from forward to backward, owned by the first operation that keeps it.
 
+    ``num_bytes`` is whole but for tensors of less than a byte an element.
+
     ``made_by`` is the recompute module (one of RECOMPUTE_MODULES) of the operation that produced it, so that
     recomputing that module frees it; empty if none did.
     """
 
     name: str
-    num_bytes: int
+    num_bytes: float
     split: Split
     made_by: str = ""
 
@@ -160,7 +162,7 @@ class Op:
     module: str = ""
 
     @property
-    def saved_bytes(self) -> int:
+    def saved_bytes(self) -> float:
         """Bytes kept for backward, on one device without any split."""
         return sum(tensor.num_bytes for tensor in self.saved)
 

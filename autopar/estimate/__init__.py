@@ -112,16 +112,20 @@ def estimate(setting: Setting, plan: Plan) -> Estimate:
     breakdown = {name: float(found[name][0]) for name in TERMS}
     step_s = float(sum((found[name] for name in TERMS), np.zeros(1))[0])
     fullest = int(np.argmax(held.total[0]))
+    by_item = {name: getattr(held, name)[0].tolist() for name in ITEMS}
+    per_rank = tuple(dict(zip(ITEMS, sizes, strict=True)) for sizes in zip(*by_item.values(), strict=True))
     device, precision = setting.cluster.device, setting.workload.precision.value
     world = setting.cluster.world_size
     flops = 3 * setting.graph.model_flops()[0] / setting.graph.batch_size * setting.workload.global_batch
     rate = flops / step_s / world
     return Estimate(
         plan=plan,
+        stack=setting.stack.name,
         step_s=step_s,
         breakdown=breakdown,
-        memory={name: float(getattr(held, name)[0, fullest]) for name in ITEMS},
+        memory=per_rank[fullest],
         memory_per_rank=tuple(held.total[0].tolist()),
+        memory_items_per_rank=per_rank,
         memory_limit=device.memory_bytes,
         tokens_per_s_per_gpu=setting.workload.tokens / step_s / world,
         model_flops_per_s_per_gpu=rate,

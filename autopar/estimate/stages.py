@@ -20,9 +20,10 @@ class RankWork:
     """What each pipeline rank does per microbatch (all its virtual stages), arrays [plans, ranks].
 
     Seconds of compute and of communication in forward and backward, recomputation apart; ``stall`` are the seconds
-    that the device waits for launches; bytes kept per microbatch by the plan's recompute setting (``kept_loss`` by the
-    loss and ``kept_end`` by all that comes after the last block among them); temporary bytes in blocks and in the model's ends; weights on a tensor parallel rank (``experts``
-    among them); groups of weights that are sharded together (each block, and the rest).
+    that the device waits for launches; bytes kept per microbatch by the plan's recompute setting, among them
+    ``kept_loss`` by the loss and ``kept_end`` by all that comes after the last block; temporary bytes in blocks and in
+    the model's ends; weights on a tensor parallel rank (``experts`` among them); groups of weights that are sharded
+    together (each block, and the rest).
     """
 
     forward: Floats

@@ -156,7 +156,8 @@ def _interpret(row: RunRow) -> RunCase:
     basis, rank = _memory_basis(row, engine)
     return RunCase(
         id=row.id, source=source_of(row), spec=spec, workload=workload, cluster=cluster, plan=plan, stack=stack,
-        measured_s=_seconds(row, degrees, batch, seq_len), measured_memory_gib=_memory(row, engine, degrees, sharding.zero_stage), memory_basis=basis,
+        measured_s=_seconds(row, degrees, batch, seq_len),
+        measured_memory_gib=_memory(row, engine, degrees, sharding.zero_stage), memory_basis=basis,
         memory_rank=rank, assumptions=tuple(assumed), caveats=_caveats(row),
     )  # fmt: skip
 
