@@ -144,6 +144,7 @@ class Op:
             without its products), ``layernorm``, ``mlp`` (dense feed-forward), ``moe_act`` (activation of the
             experts), ``moe`` (the rest of router, experts and shared expert), ``mla_up_proj`` (from the latents to
             queries, keys and values); empty otherwise.
+        wide: a product that stays in bf16 under a narrower precision of the workload.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Op:
     output_bytes: int = 0
     output_split: Split = Split.TOKENS
     module: str = ""
+    wide: bool = False
 
     @property
     def saved_bytes(self) -> float:

@@ -118,9 +118,10 @@ def freed_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) -> list[A
     return freed
 
 
-def knows_no_products(setting: Setting) -> bool:
-    """Whether recomputation by operation computes all products again, as it does not know those of the precision."""
-    return setting.workload.precision.value in setting.stack.memory.op_level_recomputes
+def saves_product(op: Op, setting: Setting) -> bool:
+    """Whether this is a product that recomputation by operation knows; the others it computes again."""
+    unknown = setting.workload.precision.value in setting.stack.memory.op_level_recomputes and is_narrow(op, setting)
+    return op.kind in PRODUCTS and not unknown
 
 
 def op_level_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) -> Any:
@@ -128,7 +129,7 @@ def op_level_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) -
 
     Source: the policy of torchtitan's selective activation checkpointing.
     """
-    products = [] if knows_no_products(setting) else [op for op in ops if op.kind in PRODUCTS]
+    products = [op for op in ops if saves_product(op, setting)]
     total = boundary_bytes(setting.graph, degrees, setting.stack)
     scale = batch_scale(setting.graph, degrees)
     for op in products[:-1:2]:

@@ -19,8 +19,8 @@ from autopar.estimate.exchange import collective_calls_seconds, dispatch_seconds
 from autopar.estimate.kept import (
     PRODUCTS,
     freed_bytes,
-    knows_no_products,
     op_level_kept_bytes,
+    saves_product,
     section_kept_bytes,
     working_bytes,
 )
@@ -141,7 +141,7 @@ def sections(graph: OpGraph) -> tuple[Section, ...]:
 def _merged(ops: Sequence[Op]) -> tuple[tuple[Op, int], ...]:
     groups: dict[Any, tuple[Op, int]] = {}
     for op in ops:
-        key = (op.kind, op.split, op.shape, op.module, op.backward_bytes > 0)
+        key = (op.kind, op.split, op.shape, op.module, op.wide, op.backward_bytes > 0)
         first, number = groups.get(key, (None, 0))
         if first is not None:
             op = replace(
@@ -156,7 +156,7 @@ def _merged(ops: Sequence[Op]) -> tuple[tuple[Op, int], ...]:
 def _signature(op: Op) -> tuple[Any, ...]:
     return (
         op.kind, op.split, op.shape, op.forward_flops, op.backward_flops, op.forward_bytes, op.backward_bytes,
-        op.output_bytes, op.module, tuple((p.elements, p.split, p.shared_with) for p in op.parameters),
+        op.output_bytes, op.module, op.wide, tuple((p.elements, p.split, p.shared_with) for p in op.parameters),
         tuple((t.num_bytes, t.split, t.made_by) for t in op.saved),
     )  # fmt: skip
 
@@ -249,7 +249,7 @@ def _price_op_level(row: dict[str, Any], setting: Setting, degrees: Degrees, par
     for op, number in part.priced:
         if op.kind is OpKind.ATTENTION:
             continue
-        share = 0.5 if op.kind in PRODUCTS and not knows_no_products(setting) else 1.0
+        share = 0.5 if saves_product(op, setting) else 1.0
         row["again"][:, level] += share * op_seconds(op, setting, degrees, number)[0]
         row["again_calls"][:, level] += share * launches(op, setting, degrees) * number
     freed = freed_bytes(part.ops, setting, degrees)
