@@ -112,12 +112,14 @@ class Parameter:
 class SavedTensor:
     """A tensor that autograd keeps from forward to backward, owned by the first operation that keeps it.
 
+    ``num_bytes`` is whole but for tensors of less than a byte an element.
+
     ``made_by`` is the recompute module (one of RECOMPUTE_MODULES) of the operation that produced it, so that
     recomputing that module frees it; empty if none did.
     """
 
     name: str
-    num_bytes: int
+    num_bytes: float
     split: Split
     made_by: str = ""
 
@@ -142,6 +144,7 @@ class Op:
             without its products), ``layernorm``, ``mlp`` (dense feed-forward), ``moe_act`` (activation of the
             experts), ``moe`` (the rest of router, experts and shared expert), ``mla_up_proj`` (from the latents to
             queries, keys and values); empty otherwise.
+        wide: a product that stays in bf16 under a narrower precision of the workload.
     """
 
     name: str
@@ -158,9 +161,10 @@ class Op:
     output_bytes: int = 0
     output_split: Split = Split.TOKENS
     module: str = ""
+    wide: bool = False
 
     @property
-    def saved_bytes(self) -> int:
+    def saved_bytes(self) -> float:
         """Bytes kept for backward, on one device without any split."""
         return sum(tensor.num_bytes for tensor in self.saved)
 

@@ -129,6 +129,9 @@ class DataHabits:
         reduce_bytes: of a gradient element in data parallel reduction under 2-byte types.
         gather_bytes: of a weight element in a gather; 0 means as weights are.
         master_weights: the optimizer keeps an fp32 copy of 2-byte weights and fp32 moments.
+        master_bytes: of an element of that copy; 2 where only what the 2-byte weight lacks is kept.
+        moment_bytes: of an element of each moment beside it.
+        quantized_weights: under FP8 the weights of the blocks are kept in 1 byte.
         shards_fp32: ZeRO-3 keeps its shards in fp32 and casts what it gathers.
         bucketed_overlap: unsharded data parallel gradients are reduced in buckets during the last backward.
         overlap_single_stage: only where there is no pipeline.
@@ -148,6 +151,9 @@ class DataHabits:
     reduce_bytes: float = 4.0
     gather_bytes: float = 0.0
     master_weights: bool = True
+    master_bytes: float = 4.0
+    moment_bytes: float = 4.0
+    quantized_weights: bool = False
     shards_fp32: bool = False
     bucketed_overlap: bool = True
     overlap_single_stage: bool = False
@@ -189,6 +195,11 @@ class MemoryHabits:
 
     Attributes:
         fused_activations: activation functions keep their inputs only, not what lies between them.
+        quantized_inputs: products keep their inputs in the type in which they multiply.
+        expert_outputs: experts' results are kept for the gradient of the routing weights; not where these are
+            multiplied into the activation.
+        op_level_recomputes: precisions whose products recomputation by operation does not know, so that it computes
+            all of them again.
         working: temporary tensors of backward: of the largest ``operation``, or whole activations at the stage's
             ``boundary`` alone, where the engine frees and reuses everything else.
         loss_copies: logit-sized tensors (of the activations' type) alive in the loss's backward, beside what forward
@@ -197,18 +208,23 @@ class MemoryHabits:
         vocab_bytes: per element of the embedding and of the head.
         block_share: times that a block's activations are held again in its backward, as gradients and copies.
         step_bytes: per weight whose optimizer state is here, while the optimizer steps.
+        step_stays: where nothing is sharded, these stay from step to step.
         workspace_bytes: of libraries, from the allocator.
         fragmentation: share of everything else that the allocator cannot use.
         reserve_bytes: context, communicators and libraries outside the allocator.
     """
 
     fused_activations: bool = False
+    quantized_inputs: bool = False
+    expert_outputs: bool = True
+    op_level_recomputes: tuple[str, ...] = ()
     working: str = "operation"
     loss_copies: float = 2.0
     loss_bytes: float = 0.0
     vocab_bytes: float = 0.0
     block_share: float = 0.0
     step_bytes: float = 0.0
+    step_stays: bool = False
     workspace_bytes: float = 0.0
     fragmentation: float = 0.0
     reserve_bytes: float = 0.0

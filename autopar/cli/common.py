@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from autopar.workload import Optimizer, Precision
 
 if TYPE_CHECKING:
     from autopar.estimate import Estimate, Setting
+    from costmodels.memory_bands import MemoryBand
 
 app = typer.Typer(
     name="autopar",
@@ -94,8 +95,19 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
         "exposed_communication_s": estimate.exposed_communication_s,
         "breakdown_s": dict(estimate.breakdown),
         "memory_items_gib": {name: size / GIB for name, size in estimate.memory.items()},
+        "memory_band_gib": _bands_gib(estimate.memory_bands),
         "memory_per_rank_gib": [size / GIB for size in estimate.memory_per_rank],
+        "memory_items_per_rank_gib": [
+            {name: size / GIB for name, size in items.items()} for items in estimate.memory_items_per_rank
+        ],
+        "memory_band_per_rank_gib": [_bands_gib(bands) for bands in estimate.memory_bands_per_rank],
     }  # fmt: skip
+
+
+def _bands_gib(bands: Mapping[str, MemoryBand]) -> dict[str, list[float]]:
+    from costmodels.units import GIB
+
+    return {name: [band.low / GIB, band.high / GIB] for name, band in bands.items()}
 
 
 MAX_WIDTH = 120

@@ -60,5 +60,12 @@ def validate(
 
             write_text(bands_file(), bands_toml(judged.bands))
             say(f"wrote {bands_file()}")
+        if ship_bands and judged.memory_bands is not None:
+            from autopar.validate.memory_bands import memory_bands_toml
+            from costmodels.memory_bands import memory_bands_file
+            from costmodels.records import write_text
+
+            write_text(memory_bands_file(), memory_bands_toml(judged.memory_bands))
+            say(f"wrote {memory_bands_file()}")
     elif ship_bands:
         raise InputError("--ship-bands needs --report, which fits the bands")

@@ -80,10 +80,11 @@ def _evaluate(setting: Setting, plans: PlanArrays) -> Iterator[tuple[Ints, dict[
     prices = price(setting, degrees, parts, by_module=selective)
     boundary = np.asarray(boundary_bytes(graph, degrees, setting.stack))
     is_block = np.asarray([part.is_block(graph) for part in parts])
+    is_end = np.asarray([part.is_end(graph) for part in parts])
     for (pp, vp, v_shaped, blocks), indices in stage_groups(plans):
         group = plans.select(indices)
         counts = section_counts(parts, graph.num_blocks, pp, vp, blocks, setting.stack, v_shaped=v_shaped)
-        work = rank_work(prices, rows[indices], counts, is_block, group, setting.stack)
+        work = rank_work(prices, rows[indices], counts, is_block, is_end, group, setting.stack)
         work = with_overheads(work, group, setting.stack)
         m = np.asarray(setting.workload.global_batch / (group.dp * group.microbatch))
         edge = boundary[rows[indices]]
@@ -111,16 +112,20 @@ def estimate(setting: Setting, plan: Plan) -> Estimate:
     breakdown = {name: float(found[name][0]) for name in TERMS}
     step_s = float(sum((found[name] for name in TERMS), np.zeros(1))[0])
     fullest = int(np.argmax(held.total[0]))
+    by_item = {name: getattr(held, name)[0].tolist() for name in ITEMS}
+    per_rank = tuple(dict(zip(ITEMS, sizes, strict=True)) for sizes in zip(*by_item.values(), strict=True))
     device, precision = setting.cluster.device, setting.workload.precision.value
     world = setting.cluster.world_size
     flops = 3 * setting.graph.model_flops()[0] / setting.graph.batch_size * setting.workload.global_batch
     rate = flops / step_s / world
     return Estimate(
         plan=plan,
+        stack=setting.stack.name,
         step_s=step_s,
         breakdown=breakdown,
-        memory={name: float(getattr(held, name)[0, fullest]) for name in ITEMS},
+        memory=per_rank[fullest],
         memory_per_rank=tuple(held.total[0].tolist()),
+        memory_items_per_rank=per_rank,
         memory_limit=device.memory_bytes,
         tokens_per_s_per_gpu=setting.workload.tokens / step_s / world,
         model_flops_per_s_per_gpu=rate,

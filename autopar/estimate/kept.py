@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from autopar.estimate.opcosts import UNFUSED, attention_kernel, local_attention
+from autopar.estimate.opcosts import UNFUSED, attention_kernel, is_narrow, local_attention
 from autopar.estimate.setting import Setting
-from autopar.graph import RECOMPUTE_MODULES, AttentionShape, Op, OpKind, SavedTensor, Split
+from autopar.graph import RECOMPUTE_MODULES, AttentionShape, MatmulShape, Op, OpKind, SavedTensor, Split
 from autopar.shard import Degrees, activation_share, batch_scale, boundary_bytes, kept_bytes
+from autopar.workload import Precision
 
+PRODUCTS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
 STATISTICS = ("statistics", "logsumexp")
 INPUTS = ".qkv"
+PRODUCT_INPUT = ".input"
 INTERMEDIATE = "act.intermediate"
+KEPT_WIDTHS = {
+    Precision.FP8: 1.0,
+    Precision.FP8_BLOCK: 1.0 + 4 / 128,
+    Precision.MXFP8: 1.0 + 1 / 32,
+    Precision.NVFP4: 0.5 + 1 / 16,
+}
+"""Bytes of a kept element with its share of the scales."""
 
 
 def section_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees, *, scores: bool = True) -> Any:
@@ -45,9 +56,26 @@ def section_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees, *,
 
 
 def _really_saved(op: Op, setting: Setting) -> Sequence[SavedTensor]:
-    if not setting.stack.memory.fused_activations:
-        return op.saved
-    return [tensor for tensor in op.saved if not tensor.name.endswith(INTERMEDIATE)]
+    """What the engine keeps of an operation's tensors, and in which type.
+
+    A product whose inputs are quantized keeps those instead: Transformer Engine saves the cast input for the gradient
+    of the weight. Attention's result is kept by attention too, so that the product after it adds its own cast copy.
+    """
+    habits = setting.stack.memory
+    saved: Sequence[SavedTensor] = op.saved
+    if habits.fused_activations:
+        saved = [tensor for tensor in saved if not tensor.name.endswith(INTERMEDIATE)]
+    if not habits.expert_outputs and op.kind is OpKind.PERMUTE:
+        saved = [tensor for tensor in saved if not tensor.name.endswith(PRODUCT_INPUT)]
+    width = KEPT_WIDTHS.get(setting.workload.precision)
+    if not habits.quantized_inputs or width is None or not is_narrow(op, setting):
+        return saved
+    share = width / setting.graph.itemsize
+    quantized = [replace(t, num_bytes=t.num_bytes * share) for t in saved if t.name.endswith(PRODUCT_INPUT)]
+    if not saved and op.split is Split.ROW and isinstance(op.shape, MatmulShape):
+        copy = op.shape.m * op.shape.k * width
+        return [SavedTensor(name=op.name + PRODUCT_INPUT, num_bytes=copy, split=Split.FEATURES)]
+    return [*quantized, *(t for t in saved if not t.name.endswith(PRODUCT_INPUT))]
 
 
 def score_bytes(op: Op, setting: Setting, degrees: Degrees) -> Any:
@@ -90,12 +118,18 @@ def freed_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) -> list[A
     return freed
 
 
+def saves_product(op: Op, setting: Setting) -> bool:
+    """Whether this is a product that recomputation by operation knows; the others it computes again."""
+    unknown = setting.workload.precision.value in setting.stack.memory.op_level_recomputes and is_narrow(op, setting)
+    return op.kind in PRODUCTS and not unknown
+
+
 def op_level_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) -> Any:
     """Bytes of a block that keeps its input, attention's result, and the result of every second product but the last.
 
     Source: the policy of torchtitan's selective activation checkpointing.
     """
-    products = [op for op in ops if op.kind in (OpKind.MATMUL, OpKind.GROUPED_MATMUL)]
+    products = [op for op in ops if saves_product(op, setting)]
     total = boundary_bytes(setting.graph, degrees, setting.stack)
     scale = batch_scale(setting.graph, degrees)
     for op in products[:-1:2]:

@@ -18,7 +18,8 @@ from autopar.estimate.dataparallel import weight_groups
 from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
 from autopar.estimate.stages import RankWork
-from costmodels.memory import optimizer_bytes_per_parameter, sharded
+from autopar.workload import Precision
+from costmodels.memory import sharded
 from costmodels.pipeline import peak_in_flight
 
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "working", "buffers", "fragmentation", "reserve")
@@ -67,16 +68,19 @@ def rank_memory(
     # Without a scatter per microbatch, gradients add up whole until the last one.
     adds_up_whole = (zero >= 2) & (m > 1) & ~np.asarray(stack.data.accumulates_sharded)
     gradients = np.where(adds_up_whole, unsharded, held(setting.gradient_bytes, 2))
-    state = optimizer_bytes_per_parameter(
-        setting.workload.optimizer.value, setting.weight_bytes, stack.data.master_weights
-    )
-    master = 4.0 if stack.data.master_weights else 0.0
+    if stack.data.quantized_weights and setting.workload.precision is Precision.FP8:
+        parameters = parameters - (work.parameters - work.vocabulary) * (setting.weight_bytes - 1)
+    state, master = setting.state_bytes, stack.data.master_bytes if stack.data.master_weights else 0.0
     optimizer = np.where(whole_weights, held(state - master, 1), held(state, 1))
+    step = stack.memory.step_bytes
+    if stack.memory.step_stays:
+        optimizer = optimizer + np.where(zero == 0, work.parameters * step, 0.0)
     in_buckets = (zero == 0) & (plans.replicas[column] > 1) & ~np.asarray(stack.data.persistent_gradients)
     buckets = np.where(in_buckets, gradients, 0.0)
 
     early = (m > flight) | stack.data.persistent_gradients
-    late = work.kept * np.maximum(flight - 1, 0.0)
+    held_late = np.maximum(flight - 1, 0.0)
+    late = (work.kept - work.kept_end) * held_late + work.kept_end * np.where(plans.gpipe[column], held_late, 0.0)
     gradient_of_largest = work.largest * setting.gradient_bytes
     # Unsharded gradients of a sharded block wait for their scatter.
     waiting = np.where((zero >= 2) & (shards > 1), work.block_parameters * setting.gradient_bytes, 0.0)
@@ -95,7 +99,7 @@ def rank_memory(
     used_gradients = np.where(first & ~early, 0.0, whole)
     activations = np.where(first, full, late)
     working = np.where(first, temporary, gradient_of_largest)
-    stepping = held(stack.memory.step_bytes, 1) + whole
+    stepping = np.where(stack.memory.step_stays & (zero == 0), 0.0, held(step, 1)) + whole
     steps = stepping > used_gradients + activations + working
     used_gradients = np.where(steps, whole, used_gradients)
     activations, working = np.where(steps, 0.0, activations), np.where(steps, stepping - whole, working)
@@ -127,7 +131,9 @@ def _moments(
 ) -> tuple[_Moment, _Moment]:
     """First backward of the last microbatch: the loss, and, once that is gone, the first block."""
     habits = setting.stack.memory
-    held = work.kept * flight
+    # Whatever comes after the last block waits for its backward alone, unless all forwards come first.
+    at_end = np.where(plans.gpipe[:, None], flight, np.minimum(flight, 1.0))
+    held = (work.kept - work.kept_end) * flight + work.kept_end * at_end
     ends = np.where(adds, work.working_ends_adding, work.working_ends)
     inside = np.where(adds, work.working_adding, work.working)
     if habits.working == "boundary":

@@ -31,8 +31,8 @@ def op_seconds(op: Op, setting: Setting, degrees: Degrees, number: int = 1) -> t
 
 
 def is_narrow(op: Op, setting: Setting) -> bool:
-    """Whether this product multiplies in the narrow precision: linear layers of the blocks do."""
-    return op.kind in (OpKind.MATMUL, OpKind.GROUPED_MATMUL) and op.split is not Split.VOCAB
+    """Whether this product multiplies in the narrow precision: linear layers of the blocks do, unless left wide."""
+    return op.kind in (OpKind.MATMUL, OpKind.GROUPED_MATMUL) and op.split is not Split.VOCAB and not op.wide
 
 
 def product_precision(op: Op, setting: Setting) -> str:

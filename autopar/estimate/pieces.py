@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from autopar.estimate.arrays import Ints, PlanArrays
 from autopar.estimate.exchange import collective_calls_seconds, dispatch_seconds, merged
-from autopar.estimate.kept import freed_bytes, op_level_kept_bytes, section_kept_bytes, working_bytes
+from autopar.estimate.kept import (
+    PRODUCTS,
+    freed_bytes,
+    op_level_kept_bytes,
+    saves_product,
+    section_kept_bytes,
+    working_bytes,
+)
 from autopar.estimate.opcosts import UNFUSED, attention_kernel, launches, op_seconds
 from autopar.estimate.setting import Setting
 from autopar.graph import RECOMPUTE_MODULES, MatmulShape, Op, OpGraph, OpKind, Split
@@ -56,6 +63,10 @@ class Section:
     def is_block(self, graph: OpGraph) -> bool:
         """Whether this is a repeated block, which recomputation may cover."""
         return 0 <= self.blocks[0] < graph.num_blocks
+
+    def is_end(self, graph: OpGraph) -> bool:
+        """Whether this comes after the last block: norm, head, loss, and heads for tokens further ahead."""
+        return self.blocks[0] >= graph.num_blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +128,6 @@ class Prices:
 
 BY_MODULE = ("again", "again_calls", "freed")
 OP_LEVEL = "op_level"
-PRODUCTS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
 
 
 @lru_cache(maxsize=1024)
@@ -157,7 +167,7 @@ def _joined(ops: Sequence[Op], producers: Mapping[str, tuple[str, ...]]) -> list
 def _merged(ops: Sequence[Op]) -> tuple[tuple[Op, int], ...]:
     groups: dict[Any, tuple[Op, int]] = {}
     for op in ops:
-        key = (op.kind, op.split, op.shape, op.module, op.backward_bytes > 0)
+        key = (op.kind, op.split, op.shape, op.module, op.wide, op.backward_bytes > 0)
         first, number = groups.get(key, (None, 0))
         if first is not None:
             op = replace(
@@ -172,7 +182,7 @@ def _merged(ops: Sequence[Op]) -> tuple[tuple[Op, int], ...]:
 def _signature(op: Op) -> tuple[Any, ...]:
     return (
         op.kind, op.split, op.shape, op.forward_flops, op.backward_flops, op.forward_bytes, op.backward_bytes,
-        op.output_bytes, op.module, tuple((p.elements, p.split, p.shared_with) for p in op.parameters),
+        op.output_bytes, op.module, op.wide, tuple((p.elements, p.split, p.shared_with) for p in op.parameters),
         tuple((t.num_bytes, t.split, t.made_by) for t in op.saved),
     )  # fmt: skip
 
@@ -265,7 +275,7 @@ def _price_op_level(row: dict[str, Any], setting: Setting, degrees: Degrees, par
     for op, number in part.priced(setting.stack):
         if op.kind is OpKind.ATTENTION:
             continue
-        share = 0.5 if op.kind in PRODUCTS else 1.0
+        share = 0.5 if saves_product(op, setting) else 1.0
         row["again"][:, level] += share * op_seconds(op, setting, degrees, number)[0]
         row["again_calls"][:, level] += share * launches(op, setting, degrees) * number
     freed = freed_bytes(part.ops, setting, degrees)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autopar.plan import Plan
+from costmodels.memory_bands import MemoryBand, item_bands
 from costmodels.units import GIB
 
 
@@ -14,10 +15,12 @@ class Estimate:
     """Prediction for one plan.
 
     Attributes:
+        stack: software that is assumed, with its variants.
         step_s: seconds of a step.
         breakdown: parts of the step in seconds, by the names of ``step.TERMS``; they add up to step_s.
         memory: bytes at the peak of the fullest pipeline rank, by the names of ``memory.ITEMS``.
         memory_per_rank: peak bytes of every pipeline rank.
+        memory_items_per_rank: their items, by the same names.
         memory_limit: bytes that a device offers.
         tokens_per_s_per_gpu: throughput.
         model_flops_per_s_per_gpu: useful FLOP/s, see ``flops_convention``.
@@ -28,10 +31,12 @@ class Estimate:
     """
 
     plan: Plan
+    stack: str
     step_s: float
     breakdown: Mapping[str, float]
     memory: Mapping[str, float]
     memory_per_rank: tuple[float, ...]
+    memory_items_per_rank: tuple[Mapping[str, float], ...]
     memory_limit: float
     tokens_per_s_per_gpu: float
     model_flops_per_s_per_gpu: float
@@ -49,6 +54,16 @@ class Estimate:
     def memory_gib(self) -> float:
         """Peak GiB of the fullest rank."""
         return self.memory_bytes / GIB
+
+    @property
+    def memory_bands(self) -> dict[str, MemoryBand]:
+        """Interval in bytes of each item of the fullest rank and of their sum (``total``), see costmodels."""
+        return item_bands(self.memory, self.stack)
+
+    @property
+    def memory_bands_per_rank(self) -> tuple[dict[str, MemoryBand], ...]:
+        """The same for every pipeline rank."""
+        return tuple(item_bands(items, self.stack) for items in self.memory_items_per_rank)
 
     @property
     def bubble_s(self) -> float:

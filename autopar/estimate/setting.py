@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from autopar.graph import OpGraph
 from autopar.workload import Workload
 from costmodels.hardware import Cluster
+from costmodels.memory import optimizer_bytes_per_parameter
 from costmodels.stack import Stack
 
 
@@ -45,6 +46,15 @@ class Setting:
     def gather_bytes(self) -> float:
         """Bytes of a weight element while it is gathered over data parallel ranks."""
         return self.stack.data.gather_bytes or self.weight_bytes
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of optimizer state per weight."""
+        data = self.stack.data
+        return optimizer_bytes_per_parameter(
+            self.workload.optimizer.value, self.weight_bytes, data.master_weights, master_bytes=data.master_bytes,
+            moment_bytes=data.moment_bytes,
+        )  # fmt: skip
 
     @property
     def collective_wait(self) -> float:

@@ -20,9 +20,10 @@ class RankWork:
     """What each pipeline rank does per microbatch (all its virtual stages), arrays [plans, ranks].
 
     Seconds of compute and of communication in forward and backward, recomputation apart; ``stall`` are the seconds
-    that the device waits for launches; bytes kept per microbatch by the plan's recompute setting (``kept_loss`` by the
-    loss among them); temporary bytes in blocks and in the model's ends; weights on a tensor parallel rank (``experts``
-    among them); groups of weights that are sharded together (each block, and the rest).
+    that the device waits for launches; bytes kept per microbatch by the plan's recompute setting, among them
+    ``kept_loss`` by the loss and ``kept_end`` by all that comes after the last block; temporary bytes in blocks and in
+    the model's ends; weights on a tensor parallel rank (``experts`` among them); groups of weights that are sharded
+    together (each block, and the rest).
     """
 
     forward: Floats
@@ -38,6 +39,7 @@ class RankWork:
     block_kept: Floats
     block_activations: Floats
     kept_loss: Floats
+    kept_end: Floats
     working: Floats
     working_adding: Floats
     working_ends: Floats
@@ -125,9 +127,18 @@ def section_counts(
 
 
 def rank_work(
-    prices: Prices, rows: Ints, counts: Floats, is_block: NDArray[np.bool_], plans: PlanArrays, stack: Stack
+    prices: Prices,
+    rows: Ints,
+    counts: Floats,
+    is_block: NDArray[np.bool_],
+    is_end: NDArray[np.bool_],
+    plans: PlanArrays,
+    stack: Stack,
 ) -> RankWork:
-    """Add up pieces: ``rows`` are the plans' combinations, ``counts`` [ranks, sections] what each rank holds."""
+    """Add up pieces: ``rows`` are the plans' combinations, ``counts`` [ranks, sections] what each rank holds.
+
+    ``is_block`` and ``is_end`` [sections] say which are repeated blocks and which come after them.
+    """
 
     def total(quantity: Floats, held: Floats = counts) -> Floats:
         # Section by section, since a matrix product's order of summation depends on the number of plans.
@@ -168,6 +179,7 @@ def rank_work(
         block_kept=np.where(again.full, largest(prices.kept * is_block), 0.0),
         block_activations=largest(prices.kept_linear * is_block),
         kept_loss=total(prices.kept_loss),
+        kept_end=total(prices.kept * is_end),
         working=largest(prices.working * is_block),
         working_adding=largest(prices.working_adding * is_block),
         working_ends=largest(prices.working * ~is_block),

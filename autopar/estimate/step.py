@@ -15,7 +15,7 @@ from autopar.estimate.stages import RankWork
 from autopar.plan import V_SCHEDULES, ScheduleName
 from costmodels.collectives import collective_seconds
 from costmodels.compute import stream_seconds
-from costmodels.memory import optimizer_bytes_per_parameter, sharded
+from costmodels.memory import sharded
 from costmodels.pipeline import pipeline_seconds, schedule_seconds
 
 WEIGHT_SHARE = 0.5
@@ -156,7 +156,7 @@ def _accumulation(setting: Setting, plans: PlanArrays, work: RankWork, num_micro
 def _update(setting: Setting, plans: PlanArrays, work: RankWork) -> Floats:
     """Optimizer step: state read and written, gradient read, weight written (and read, where it has no master copy)."""
     width, stack = setting.weight_bytes, setting.stack
-    state = optimizer_bytes_per_parameter(setting.workload.optimizer.value, width, stack.data.master_weights)
+    state = setting.state_bytes
     has_master = stack.data.master_weights and width < 4
     moved = 2 * state + setting.gradient_bytes + width * (1 if has_master else 2)
     moved = moved * stack.kernels.traffic.get("optimizer", 1.0)

@@ -22,7 +22,8 @@ def stage_durations(setting: Setting, plan: Plan) -> Durations:
     degrees, rows = combinations(plans)
     counts = section_counts(parts, setting.graph.num_blocks, plan.num_stages, 1, plan.stage_blocks, setting.stack)
     is_block = np.asarray([part.is_block(setting.graph) for part in parts])
-    work = rank_work(price(setting, degrees, parts), rows, counts, is_block, plans, setting.stack)
+    is_end = np.asarray([part.is_end(setting.graph) for part in parts])
+    work = rank_work(price(setting, degrees, parts), rows, counts, is_block, is_end, plans, setting.stack)
     work = with_overheads(work, plans, setting.stack)
     durations = {}
     for stage in range(plan.num_stages):

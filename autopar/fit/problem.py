@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
@@ -188,30 +188,34 @@ def _joined(costs: Sequence[Costs]) -> Costs:
 
 
 def _as_measured(setting: Setting, cases: Sequence[Case], costs: Costs) -> Costs:
-    """Memory of the pipeline rank that was measured, where that is not the fullest, and of what was counted there.
+    """Memory and items of the pipeline rank that was measured, where that is not the fullest, as they were counted.
 
     Allocated memory is without what the allocator cannot use and without what lies outside it, reserved memory without
     the latter (u of u (1 + f) + r, and u (1 + f)).
     """
     habits = setting.stack.memory
-    of_rank = {
-        "first": lambda held: held[0],
-        "last": lambda held: held[-1],
-        "ends": lambda held: max(held[0], held[-1]),
+    of_rank: dict[str, Callable[[Sequence[float]], int]] = {
+        "first": lambda held: 0,
+        "last": lambda held: -1,
+        "ends": lambda held: 0 if held[0] >= held[-1] else -1,
     }
-    memory = costs.memory_bytes
+    memory, items = costs.memory_bytes.copy(), {name: part.copy() for name, part in costs.memory.items()}
     for position, case in enumerate(cases):
         rank = getattr(case, "memory_rank", "max")
         if rank in of_rank and case.measured_memory_gib and case.plan.layout.pp > 1:
-            held = estimate(setting, case.plan).memory_per_rank
-            memory = memory if memory is not costs.memory_bytes else memory.copy()
-            memory[position] = of_rank[rank](held)
+            found = estimate(setting, case.plan)
+            place = of_rank[rank](found.memory_per_rank)
+            memory[position] = found.memory_per_rank[place]
+            for name, size in found.memory_items_per_rank[place].items():
+                items[name][position] = size
         basis = getattr(case, "memory_basis", "")
         if basis in ("allocated", "reserved"):
-            memory = memory if memory is not costs.memory_bytes else memory.copy()
             reserved = memory[position] - habits.reserve_bytes
             memory[position] = reserved / (1 + habits.fragmentation if basis == "allocated" else 1.0)
-    return dataclasses.replace(costs, memory_bytes=memory)
+            items["reserve"][position] = 0.0
+            if basis == "allocated":
+                items["fragmentation"][position] = 0.0
+    return dataclasses.replace(costs, memory_bytes=memory, memory=items)
 
 
 def predict(problem: Problem, values: Mapping[SpecPath, float] | None = None) -> Predictions:

@@ -53,7 +53,7 @@ def build_graph(
         stream = multi_token_head(builder, f"mtp.{depth}", stream, transformer_block)
     graph = OpGraph(
         name=spec.name,
-        ops=tuple(with_makers(_with_gradient_sums(builder.ops, builder.edges), builder.edges)),
+        ops=tuple(_with_wide_blocks(with_makers(_with_gradient_sums(builder.ops, builder.edges), builder.edges), spec)),
         edges=tuple(builder.edges),
         num_blocks=spec.num_layers,
         batch_size=batch_size,
@@ -76,6 +76,12 @@ def transformer_block(builder: Builder, prefix: str, block: int, stream: str) ->
     else:
         fed = feed_forward(builder, f"{prefix}.mlp", block, normed, width=spec.ffn_size, module="mlp")
     return builder.residual(f"{prefix}.add_1", block, stream, fed, dropout=spec.dropout)
+
+
+def _with_wide_blocks(ops: list[Op], spec: ModelSpec) -> list[Op]:
+    """Mark the products of the last blocks that stay in bf16."""
+    first = spec.num_layers - spec.wide_blocks
+    return [dataclasses.replace(op, wide=True) if first <= op.block < spec.num_layers else op for op in ops]
 
 
 def _with_gradient_sums(ops: list[Op], edges: list[tuple[str, str]]) -> list[Op]:

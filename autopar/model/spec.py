@@ -80,6 +80,7 @@ class ModelSpec:
         qk_norm: queries and keys are normalised per head.
         clamped_activation: the gated activation clamps both its inputs and adds one to the linear one (GPT-OSS), which
             engines compute operation by operation.
+        wide_blocks: last blocks whose products stay in bf16 where those of the others are narrower.
         dropout: attention probabilities and the results of attention and feed-forward are dropped in training.
     """
 
@@ -109,6 +110,7 @@ class ModelSpec:
     window: int = 0
     qk_norm: bool = False
     clamped_activation: bool = False
+    wide_blocks: int = 0
     dropout: bool = False
 
     def __post_init__(self) -> None:
@@ -142,6 +144,7 @@ class ModelSpec:
             "dense_layers",
             "mtp_layers",
             "window",
+            "wide_blocks",
         ):
             if getattr(self, field) < 0:
                 raise InputError(f"model {self.name}: {field} is {getattr(self, field)}; it must be 0 or more")

@@ -129,18 +129,26 @@ def breakdown_columns(estimate: Estimate) -> list[Column]:
 
 
 def memory_columns(estimate: Estimate) -> list[Column]:
-    """Items of the fullest rank's peak; they add up to the total."""
+    """Items of the fullest rank's peak, which add up to the total, and between what they lie four times of five."""
     scale, unit = memory_scale(estimate.memory_bytes)
-    return _parts_columns(estimate.memory, MEMORY_LABELS, "memory of the fullest rank", scale, unit, 2)
+    bands = estimate.memory_bands
+    shown = [*(bands[name] for name, size in estimate.memory.items() if size), bands["total"]]
+    return [
+        *_parts_columns(estimate.memory, MEMORY_LABELS, "memory of the fullest rank", scale, unit, 2),
+        Column(header="from", cells=tuple(f"{band.low / scale:.2f}" for band in shown)),
+        Column(header="to", cells=tuple(f"{band.high / scale:.2f}" for band in shown)),
+    ]
 
 
 def rank_memory_columns(estimate: Estimate) -> list[Column]:
-    """Peak of every pipeline rank against what a device offers."""
-    peaks = estimate.memory_per_rank
+    """Peak of every pipeline rank with its band, against what a device offers."""
+    peaks, bands = estimate.memory_per_rank, [bands["total"] for bands in estimate.memory_bands_per_rank]
     scale, unit = memory_scale(max(peaks))
     return [
         Column(header="pipeline rank", cells=tuple(str(rank) for rank in range(len(peaks)))),
         Column(header=unit, cells=tuple(f"{peak / scale:.2f}" for peak in peaks)),
+        Column(header="from", cells=tuple(f"{band.low / scale:.2f}" for band in bands)),
+        Column(header="to", cells=tuple(f"{band.high / scale:.2f}" for band in bands)),
         Column(header="of the device", cells=tuple(percent(peak / estimate.memory_limit) for peak in peaks)),
     ]
 

@@ -143,6 +143,7 @@ def _summary(study: Study) -> dict[str, Any]:
             for bar, reached in study.bars
         ],
         "coverage": study.coverage,
+        "memory_coverage": study.memory_coverage,
         "source_out_mean": study.source_out_mean,
         "constants": {c.constant.name: c.value for c in study.constants},
     }

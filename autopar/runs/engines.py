@@ -5,6 +5,7 @@ The tables are read from top to bottom, the first match counts. Years are those 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.runs.reading import Read, has
@@ -88,6 +89,9 @@ FRAMEWORKS: tuple[tuple[str, int, int, str, str], ...] = (
 
 BEFORE_FSDP = ("megatron-2020", "megatron-2021", "megatron-2022", "megatron-deepspeed")
 
+COMPILED_LOSS_YEAR = 2025
+"""First year of torchtitan's compiled loss."""
+
 # (pattern of the row's words, variant); a variant counts where the stack has it.
 VARIANTS: tuple[tuple[str, str], ...] = (
     (r"cuda_graph=(?!none)[^;]*full_iteration|full[- ]iteration cuda graph", "cuda-graph-full"),
@@ -101,6 +105,8 @@ VARIANTS: tuple[tuple[str, str], ...] = (
     (r"\bno compile|without (torch\.)?compile|\beager(?! \+)", "no-compile"),
     (r"row-?wise", "fp8-rowwise"),
     (r"mp mode pure|mixed_precision[=: ]*pure", "pure-gradients"),
+    (r"attention[-_ ]backend[= ]unfused|transformer-impl=local(?!.*use-flash-attn)", "unfused-attention"),
+    (r"precision[- ]aware optimizer|bf16 moments", "narrow-states"),
     (r"fused (cross[- ]entropy|loss)|cross[-_]entropy[-_](loss[-_])?fusion|linear cross entropy", "fused-loss"),
     (r"bf16 optimizer|fp32 grad(ient)? accumulation", "bf16-master-gradients"),
     (r"type:transformer\|embedding|account[-_]for[-_](embedding|loss)", "balanced-ends"),
@@ -134,17 +140,23 @@ def _stack_by_sharding(words: str, year: int) -> str:
     return "megatron-core" if year >= 2023 else "megatron-2022" if year == 2022 else "megatron-2021"
 
 
-def read_stack(row: RunRow, engine: Engine) -> Read[str]:
-    """Name of the stack with the variants that the row's words ask for."""
+def read_stack(row: RunRow, engine: Engine, latent: bool = False) -> Read[str]:
+    """Name of the stack with the variants that the row's words ask for.
+
+    ``latent`` models of Megatron-Bridge are trained with narrow optimizer states, as its recipes for them say.
+    """
     words = row.words("source", "model_name", "framework", "dtype", "notes")
     known = stack_variants(engine.stack)
     asked = [variant for pattern, variant in VARIANTS if has(words, pattern)]
+    asked += _unsaid(row, engine, asked, latent)
     assumed = [f"{engine.stack} has no setting '{variant}': left out" for variant in asked if variant not in known]
     chosen = [engine.stack, *(variant for variant in asked if variant in known)]
     if engine.stack == "megatron-bridge" and row.n_experts:
         usual = [variant for variant in _usual_recipe(row, words) if variant not in chosen]
         chosen += usual
         assumed += [f"recipe not stated: {variant} assumed" for variant in usual]
+    if "narrow-states" in chosen and latent:
+        assumed.append("optimizer states in bf16, as usual with megatron-bridge and latent attention")
     return "+".join(chosen), tuple(assumed)
 
 
@@ -163,3 +175,15 @@ def _usual_recipe(row: RunRow, words: str) -> list[str]:
     if first_release:
         return []
     return ["hybridep", "cuda-graph-partial"] if has(row.words("gpu"), r"\bgb\d") else ["hybridep"]
+
+
+def _unsaid(row: RunRow, engine: Engine, asked: Sequence[str], latent: bool) -> list[str]:
+    """Variants that follow from what a row leaves out: defaults of a command line, of a year, of recipes."""
+    found = []
+    if engine.stack == "megatron-core" and has(row.words("notes"), "flags:") and "fused-loss" not in asked:
+        found.append("unfused-loss")
+    if engine.stack == "torchtitan" and (row.year or 0) in range(1, COMPILED_LOSS_YEAR) and "no-compile" not in asked:
+        found.append("uncompiled-loss")
+    if engine.stack == "megatron-bridge" and latent and "narrow-states" not in asked:
+        found.append("narrow-states")
+    return found

@@ -19,7 +19,7 @@ from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, ScheduleName, default_schedule
 from autopar.runs.batches import Batch, read_batch, read_seq_len
 from autopar.runs.degrees import Degrees, read_degrees
-from autopar.runs.engines import read_engine, read_stack
+from autopar.runs.engines import Engine, read_engine, read_stack
 from autopar.runs.habits import read_recompute, read_sequence_parallel, read_sharding
 from autopar.runs.machines import read_cluster, read_precision
 from autopar.runs.models import read_model
@@ -28,6 +28,7 @@ from autopar.runs.rows import RunRow
 from autopar.runs.stages import read_stages
 from autopar.workload import Workload
 from costmodels.hardware import Cluster
+from costmodels.units import GB, GIB
 
 # (pattern of the notes, what the prediction does not know of)
 CAVEATS: tuple[tuple[str, str], ...] = (
@@ -46,6 +47,8 @@ MEMORY_BASES: tuple[tuple[str, str], ...] = (
     (r"nvidia-smi", "device"), (r"reserved", "reserved"), (r"allocated|allocator", "allocated"),
 )  # fmt: skip
 
+
+LAST_RANK_LOGS = ("megatron-bridge",)
 
 COUNTS = ("n_layers", "hidden", "n_heads", "n_kv_heads", "ffn_hidden", "vocab", "seq_len", "n_gpus", "gpus_per_node",
           "global_batch", "micro_batch", "tp", "pp", "dp", "cp", "ep", "vp")  # fmt: skip
@@ -133,7 +136,7 @@ def _interpret(row: RunRow) -> RunCase:
     batch = take(read_batch(row, degrees, seq_len))
     cluster = take(read_cluster(row, degrees.num_devices))
     precision = take(read_precision(row, cluster.device))
-    stack = take(read_stack(row, engine))
+    stack = take(read_stack(row, engine, spec.latent is not None))
     sharding = take(read_sharding(row, engine, degrees, cluster.devices_per_node))
     sequence = take(read_sequence_parallel(row, engine, degrees, seq_len))
     per_stage = -(-spec.num_layers // (degrees.pp * degrees.vp))
@@ -150,10 +153,11 @@ def _interpret(row: RunRow) -> RunCase:
         recompute_layers=again.layers, stage_blocks=split,
     )  # fmt: skip
     workload = Workload(global_batch=batch.global_batch, seq_len=seq_len, precision=precision)
-    basis, rank = _memory_basis(row)
+    basis, rank = _memory_basis(row, engine)
     return RunCase(
         id=row.id, source=source_of(row), spec=spec, workload=workload, cluster=cluster, plan=plan, stack=stack,
-        measured_s=_seconds(row, degrees, batch, seq_len), measured_memory_gib=_memory(row), memory_basis=basis,
+        measured_s=_seconds(row, degrees, batch, seq_len),
+        measured_memory_gib=_memory(row, engine, degrees, sharding.zero_stage), memory_basis=basis,
         memory_rank=rank, assumptions=tuple(assumed), caveats=_caveats(row),
     )  # fmt: skip
 
@@ -190,21 +194,31 @@ def _seconds(row: RunRow, degrees: Degrees, batch: Batch, seq_len: int) -> float
     return None
 
 
-def _memory(row: RunRow) -> float | None:
-    """GiB of a device; None for what was computed, not measured."""
+def _memory(row: RunRow, engine: Engine, degrees: Degrees, zero_stage: int) -> float | None:
+    """GiB of a device; None for what was computed, not measured, or divided over nobody knows how many ranks.
+
+    Megatron-Bridge logs decimal gigabytes (``mem-max-allocated-gigabytes``).
+    """
     computed = has(row.words("notes"), r"analytic|not profiler|computed from its formula|no absolute value")
     derived = "mem_gb_per_gpu" in (row.derived_fields or "").split() or has(row.words("notes"), r"values derived")
-    return None if computed or derived or _ran_out(row) else row.mem_gb_per_gpu
+    unknown = zero_stage > 0 and not degrees.counted
+    if computed or derived or unknown or _ran_out(row) or row.mem_gb_per_gpu is None:
+        return None
+    decimal = engine.stack == "megatron-bridge" and not has(row.words("mem_basis", "notes"), r"\bgib\b")
+    return row.mem_gb_per_gpu * (GB / GIB if decimal else 1.0)
 
 
-def _memory_basis(row: RunRow) -> tuple[str, str]:
+def _memory_basis(row: RunRow, engine: Engine) -> tuple[str, str]:
+    """What was counted, and where. Megatron-Bridge writes to its loggers from the last rank."""
     words = row.words("mem_basis") or row.words("notes")
     basis = next((basis for pattern, basis in MEMORY_BASES if has(words, pattern)), "")
     if has(words, r"first/last"):
         return basis, "ends"
     if has(words, r"last (global )?rank|last pipeline stage"):
         return basis, "last"
-    return basis, "first" if has(row.words("notes"), r"rank[- ]0") else "max"
+    if has(row.words("notes"), r"rank[- ]0"):
+        return basis, "first"
+    return basis, "last" if basis == "allocated" and engine.stack in LAST_RANK_LOGS else "max"
 
 
 def _caveats(row: RunRow) -> tuple[str, ...]:

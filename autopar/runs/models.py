@@ -166,6 +166,7 @@ def _complete(
         qk_norm=bool(family and family.template.qk_norm) or has(notes, r"qk[-_ ](layer)?norm"),
         window=family.template.window if family else 0,
         clamped_activation=bool(family and family.template.clamped_activation),
+        wide_blocks=_wide_blocks(notes, layers),
         dropout=_dropout(name, row, engine),
         latent=_latent(notes, known),
     )
@@ -215,6 +216,14 @@ def _dropout(name: str, row: RunRow, engine: Engine) -> bool:
     notes = row.words("notes")
     default = engine.dropout or (has(notes, r"flags:") and not row.gated_mlp)
     return default and not has(notes, r"no dropout") and any(word in name for word in DENSE_DROPOUT)
+
+
+def _wide_blocks(notes: str, layers: int) -> int:
+    """Last blocks in bf16 where a narrower type is said to be of the first ones, or they are counted."""
+    first = re.search(r"\blayers 0-(\d+)\b[^;]*\bbf16\b", notes)
+    if first:
+        return max(layers - 1 - int(first[1]), 0)
+    return min(find_int(notes, r"last (\d+) (?:layers|blocks) (?:in|kept in|stay in) bf16") or 0, layers)
 
 
 def _latent(notes: str, known: ModelSpec | None) -> Latent | None:

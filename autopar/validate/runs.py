@@ -19,6 +19,7 @@ from autopar.fit.problem import Case, Predictions, Problem, predict, prepare
 from autopar.runs import RunRow, Unsupported, interpret
 from autopar.validate.bands import Band, Bands, band_of, load_bands
 from autopar.validate.plans import kendall_tau
+from costmodels.memory_bands import TOTAL, MemoryBand, item_bands
 from costmodels.stack import load_stack
 from costmodels.units import GIB
 
@@ -35,7 +36,7 @@ class ValidatedRow:
         slug, stack: plan and software that were assumed for it.
         measured_s, predicted_s: seconds of a step; None where not measured, or not predicted.
         measured_memory_gib, predicted_memory_gib: GiB of the fullest rank, likewise.
-        band: interval of predicted_s that holds the truth four times of five.
+        band, memory_band: intervals of predicted_s, and of the memory in bytes, that hold the truth four times of five.
         terms: seconds of the predicted step by name.
         memory_items: predicted GiB by name.
         assumptions: what the file does not say and was assumed.
@@ -51,6 +52,7 @@ class ValidatedRow:
     measured_memory_gib: float | None = None
     predicted_memory_gib: float | None = None
     band: Band | None = None
+    memory_band: MemoryBand | None = None
     terms: Mapping[str, float]
     memory_items: Mapping[str, float]
     assumptions: tuple[str, ...] = ()
@@ -131,6 +133,8 @@ def _row_json(row: ValidatedRow) -> dict[str, Any]:
         "measured_memory_gib": row.measured_memory_gib, "predicted_memory_gib": row.predicted_memory_gib,
         "source": row.source, "slug": row.slug or None, "stack": row.stack or None,
         "band_low_s": row.band.low if row.band else None, "band_high_s": row.band.high if row.band else None,
+        "memory_band_low_gib": row.memory_band.low / GIB if row.memory_band else None,
+        "memory_band_high_gib": row.memory_band.high / GIB if row.memory_band else None,
     }  # fmt: skip
 
 
@@ -210,6 +214,7 @@ def _joined(
         predicted_s=seconds,
         predicted_memory_gib=float(predictions.memory_bytes[index]) / GIB,
         band=band_of(bands, case).around(seconds),
+        memory_band=item_bands({n: float(part[index]) for n, part in predictions.items.items()}, case.stack)[TOTAL],
         terms={name: float(part[index]) for name, part in predictions.terms.items()},
         memory_items={name: float(part[index]) / GIB for name, part in predictions.items.items()},
     )

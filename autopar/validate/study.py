@@ -22,9 +22,11 @@ from autopar.validate.bands import Bands, coverage, fit_bands
 from autopar.validate.bars import BARS, Bar
 from autopar.validate.calibrate import calibrated_error, width_cell
 from autopar.validate.choices import MemoryPair, Sweep, memory_pairs, sweeps
+from autopar.validate.memory_bands import MemoryRow, fit_memory_bands, memory_coverage
 from autopar.validate.plans import kendall_tau
 from autopar.validate.rival import constant_efficiency, ideal_seconds
 from autopar.validate.runs import RunsValidation
+from costmodels.memory_bands import MemoryBands
 from costmodels.units import GIB
 
 Floats = NDArray[np.float64]
@@ -75,6 +77,7 @@ class Study:
         left_out_s, left_out_gib: predictions by fits that had not seen the model, by index of the case.
         constants: after the fit on everything.
         bands: fitted on left-out errors; ``coverage`` is the share of left-out runs inside bands of others.
+        memory_bands, memory_coverage: the same of memory.
         sweeps: choices among layouts.
         calibrated: error with one run of each cell measured, and number of pairs, by source; shares.
         pairs: differences of memory.
@@ -90,6 +93,8 @@ class Study:
     constants: tuple[FittedConstant, ...]
     bands: Bands | None
     coverage: float
+    memory_bands: MemoryBands | None
+    memory_coverage: float
     sweeps: tuple[Sweep, ...]
     calibrated: Mapping[str, tuple[float, int]]
     pairs: tuple[MemoryPair, ...]
@@ -117,6 +122,7 @@ def study(
     left_s = _left_out(problem, result, models, Quantity.TIME)
     left_gib = {i: size / GIB for i, size in _left_out(problem, result, models, Quantity.MEMORY).items()}
     bands, covered = _bands(result, models, sources)
+    rows = memory_rows(validation, result, models, sources)
     calibrated = _calibrated(validation)
     pairs = _pairs(validation)
     outs = [judged.source_out.mape for judged in time.values() if judged.source_out]
@@ -124,7 +130,8 @@ def study(
         validation=validation, time=time, memory=memory,
         bars=tuple((bar, _reached(bar, time, memory, calibrated, pairs, outs)) for bar in BARS),
         left_out_s=left_s, left_out_gib=left_gib, constants=_constants(result, models, sources),
-        bands=bands, coverage=covered, sweeps=_sweeps(validation, left_s), calibrated=calibrated, pairs=pairs,
+        bands=bands, coverage=covered, memory_bands=fit_memory_bands(rows) if rows else None,
+        memory_coverage=memory_coverage(rows), sweeps=_sweeps(validation, left_s), calibrated=calibrated, pairs=pairs,
         source_out_mean=float(np.mean(outs)) if outs else None,
     )  # fmt: skip
 
@@ -200,6 +207,24 @@ def _bands(result: FitResult | None, models: LeftOut | None, sources: LeftOut | 
         return None, float("nan")
     bands = fit_bands(cases, models.residuals[rows], sources.residuals[rows])
     return bands, coverage(cases, models.residuals[rows], [models.keys[i] for i in rows])
+
+
+def memory_rows(
+    validation: RunsValidation, result: FitResult | None, models: LeftOut | None, sources: LeftOut | None
+) -> tuple[MemoryRow, ...]:
+    """Measured memory with its items and what fits without the model, and without the source, predict."""
+    problem, predictions = validation.problem, validation.predictions
+    model_out = _left_out(problem, result, models, Quantity.MEMORY)
+    source_out = _left_out(problem, result, sources, Quantity.MEMORY)
+    keys = model_keys(problem.cases)
+    return tuple(
+        MemoryRow(
+            stack=problem.cases[i].stack, items={name: float(part[i]) for name, part in predictions.items.items()},
+            measured=(problem.cases[i].measured_memory_gib or 0.0) * GIB, model_out=size, source_out=source_out[i],
+            model=str(keys[i]), source=problem.cases[i].source,
+        )
+        for i, size in model_out.items()
+    )  # fmt: skip
 
 
 def _constants(result: FitResult | None, models: LeftOut | None, sources: LeftOut | None) -> tuple[FittedConstant, ...]:
