@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.estimate.arrays import RECOMPUTE_CODES, SCHEDULE_CODES, Ints, PlanArrays, modules_mask
-from autopar.estimate.pieces import Floats, Prices, Section
+from autopar.estimate.pieces import BY_MODULE, Floats, Prices, Section
 from autopar.plan import DEFAULT_MODULES, V_SCHEDULES, Recompute, even_split
 from costmodels.stack import Stack
 
@@ -140,32 +140,35 @@ def rank_work(
     ``is_block`` and ``is_end`` [sections] say which are repeated blocks and which come after them.
     """
 
-    def total(quantity: Floats, held: Floats = counts) -> Floats:
-        # Section by section, since a matrix product's order of summation depends on the number of plans.
-        found: Floats = np.zeros((len(rows), len(held)))
-        for section, number in enumerate(held.T):
-            found += quantity[rows, section][:, None] * number
-        return found
-
-    def largest(quantity: Floats) -> Floats:
-        found: Floats = np.max(np.where(present[None, :, :], quantity[rows][:, None, :], 0.0), axis=2)
-        return found
-
-    present = counts > 0
     blocks_only = counts * is_block
-    again = _again(prices, rows, blocks_only, plans, total)
-    forward_communication = total(prices.tensor_forward) + total(prices.context_forward) + total(prices.expert_forward)
+    again = _again(prices, rows, blocks_only, plans)
+    of = _totals({name: getattr(prices, name) for name in TOTALS}, rows, counts)
+    most = _largest(
+        {
+            "block_kept": prices.kept * is_block,
+            "block_activations": prices.kept_linear * is_block,
+            "working": prices.working * is_block,
+            "working_adding": prices.working_adding * is_block,
+            "working_ends": prices.working * ~is_block,
+            "working_ends_adding": prices.working_adding * ~is_block,
+            "block_parameters": prices.parameters * is_block,
+            "largest": prices.largest,
+        },
+        rows,
+        counts > 0,
+    )
+    most["block_kept"] = np.where(again.full, most["block_kept"], 0.0)
+    forward_communication = of["tensor_forward"] + of["context_forward"] + of["expert_forward"]
     backward_communication = (
-        total(prices.tensor_backward) + total(prices.context_backward) + total(prices.expert_backward)
+        of["tensor_backward"] + of["context_backward"] + of["expert_backward"]
     ) + again.communication
-    tensor = total(prices.tensor_forward) + total(prices.tensor_backward) + again.tensor
-    expert = total(prices.expert_forward) + total(prices.expert_backward) + again.expert
-    forward, backward = total(prices.forward), total(prices.backward)
-    device = forward + backward + again.seconds + forward_communication + backward_communication
-    launches = 3 * total(prices.calls) + again.calls
+    tensor = of["tensor_forward"] + of["tensor_backward"] + again.tensor
+    expert = of["expert_forward"] + of["expert_backward"] + again.expert
+    device = of["forward"] + of["backward"] + again.seconds + forward_communication + backward_communication
+    launches = 3 * of["calls"] + again.calls
     return RankWork(
-        forward=forward,
-        backward=backward,
+        forward=of["forward"],
+        backward=of["backward"],
         recompute=again.seconds,
         tensor=tensor,
         context=forward_communication + backward_communication - tensor - expert,
@@ -175,26 +178,47 @@ def rank_work(
         stall=launch_stall_seconds(
             device, launches * stack.host.launch_seconds * (1 - stack.host.graphed), stack.host.exponent
         ),
-        kept=total(prices.kept) - again.freed,
-        block_kept=np.where(again.full, largest(prices.kept * is_block), 0.0),
-        block_activations=largest(prices.kept_linear * is_block),
-        kept_loss=total(prices.kept_loss),
-        kept_end=total(prices.kept * is_end),
-        working=largest(prices.working * is_block),
-        working_adding=largest(prices.working_adding * is_block),
-        working_ends=largest(prices.working * ~is_block),
-        working_ends_adding=largest(prices.working_adding * ~is_block),
+        kept=of["kept"] - again.freed,
+        kept_loss=of["kept_loss"],
+        kept_end=_totals({"kept": prices.kept}, rows, counts * is_end)["kept"],
         # A shared weight that lies on another pipeline rank than its owner is a second copy.
-        parameters=total(prices.parameters) + (total(prices.shared) if len(counts) > 1 else 0.0),
-        experts=total(prices.experts),
-        vocabulary=total(prices.vocabulary),
-        block_parameters=largest(prices.parameters * is_block),
-        largest=largest(prices.largest),
-        num_parameters=total(prices.num_parameters),
+        parameters=of["parameters"] + (of["shared"] if len(counts) > 1 else 0.0),
+        experts=of["experts"],
+        vocabulary=of["vocabulary"],
+        num_parameters=of["num_parameters"],
         num_groups=np.broadcast_to(
             blocks_only.sum(axis=1) + ((counts - blocks_only).sum(axis=1) > 0), (len(rows), len(counts))
         ),
+        **most,
     )
+
+
+TOTALS = (
+    "forward", "backward", "tensor_forward", "tensor_backward", "context_forward", "context_backward",
+    "expert_forward", "expert_backward", "calls", "kept", "kept_loss", "parameters", "shared", "experts", "vocabulary",
+    "num_parameters",
+)  # fmt: skip
+"""Prices that a rank has of every section that it holds."""
+
+
+def _totals(quantities: Mapping[str, Floats], rows: Ints, held: Floats) -> dict[str, Floats]:
+    """Sums over sections of quantities [combinations, sections] times what ranks hold of them, [plans, ranks] each.
+
+    Section by section, since a matrix product's order of summation depends on the number of plans.
+    """
+    stacked = np.stack([quantity[rows] for quantity in quantities.values()])
+    found = np.zeros((len(quantities), len(rows), len(held)))
+    for section, number in enumerate(held.T):
+        if number.any():
+            found += stacked[:, :, section, None] * number
+    return dict(zip(quantities, found, strict=True))
+
+
+def _largest(quantities: Mapping[str, Floats], rows: Ints, present: NDArray[np.bool_]) -> dict[str, Floats]:
+    """The largest of the sections that a rank has, [plans, ranks] each; quantities are [combinations, sections]."""
+    stacked = np.stack([quantity[rows] for quantity in quantities.values()])
+    found = np.max(np.where(present, stacked[:, :, None, :], 0.0), axis=3)
+    return dict(zip(quantities, found, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,9 +234,7 @@ class _Again:
     full: NDArray[np.bool_]
 
 
-def _again(
-    prices: Prices, rows: Ints, blocks: Floats, plans: PlanArrays, total: Callable[[Floats, Floats], Floats]
-) -> _Again:
+def _again(prices: Prices, rows: Ints, blocks: Floats, plans: PlanArrays) -> _Again:
     full = (plans.recompute == RECOMPUTE_CODES.index(Recompute.FULL))[:, None]
     selective = (plans.recompute == RECOMPUTE_CODES.index(Recompute.SELECTIVE))[:, None]
     held = np.maximum(blocks.sum(axis=1), 1.0)[None, :]
@@ -220,21 +242,35 @@ def _again(
     share = np.where(layers > 0, np.minimum(layers * vp / held, 1.0), 1.0)
     share = np.where(full, share, 0.0)
 
-    seconds, calls, freed = (np.zeros((len(rows), len(blocks))) for _ in range(3))
+    seconds, calls, freed, tensor, expert, context = np.zeros((6, len(rows), len(blocks)))
     if selective.any():
         chosen = np.where(plans.modules > 0, plans.modules, modules_mask(DEFAULT_MODULES))
         for module in range(prices.again.shape[2]):
             hit = selective & ((chosen >> module) & 1)[:, None].astype(np.bool_)
             if hit.any():
-                seconds += np.where(hit, total(prices.again[:, :, module], blocks), 0.0)
-                calls += np.where(hit, total(prices.again_calls[:, :, module], blocks), 0.0)
-                freed += np.where(hit, total(prices.freed[:, :, module], blocks), 0.0)
-    seconds += share * total(prices.again_full, blocks)
-    calls += share * total(prices.calls, blocks)
-    freed += share * total(prices.kept - prices.kept_full, blocks)
-    tensor = share * total(prices.again_tensor, blocks)
-    expert = share * total(prices.expert_forward, blocks)
-    context = share * total(prices.context_forward, blocks)
+                of = _totals({name: getattr(prices, name)[:, :, module] for name in BY_MODULE}, rows, blocks)
+                seconds += np.where(hit, of["again"], 0.0)
+                calls += np.where(hit, of["again_calls"], 0.0)
+                freed += np.where(hit, of["freed"], 0.0)
+    if full.any():
+        of = _totals(
+            {
+                "seconds": prices.again_full,
+                "calls": prices.calls,
+                "freed": prices.kept - prices.kept_full,
+                "tensor": prices.again_tensor,
+                "expert": prices.expert_forward,
+                "context": prices.context_forward,
+            },
+            rows,
+            blocks,
+        )
+        seconds, calls, freed = (
+            seconds + share * of["seconds"],
+            calls + share * of["calls"],
+            freed + share * of["freed"],
+        )
+        tensor, expert, context = share * of["tensor"], share * of["expert"], share * of["context"]
     return _Again(
         seconds=seconds,
         calls=calls,
