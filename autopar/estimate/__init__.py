@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from autopar.estimate.step import (
     transfer_seconds,
 )
 from autopar.estimate.timeline import timeline
+from autopar.graph import OpGraph
 from autopar.plan import Plan, Recompute, check_plan
 from autopar.shard import boundary_bytes
 
@@ -116,7 +118,7 @@ def estimate(setting: Setting, plan: Plan) -> Estimate:
     per_rank = tuple(dict(zip(ITEMS, sizes, strict=True)) for sizes in zip(*by_item.values(), strict=True))
     device, precision = setting.cluster.device, setting.workload.precision.value
     world = setting.cluster.world_size
-    flops = 3 * setting.graph.model_flops()[0] / setting.graph.batch_size * setting.workload.global_batch
+    flops = _useful_flops(setting.graph) * setting.workload.global_batch
     rate = flops / step_s / world
     return Estimate(
         plan=plan,
@@ -136,6 +138,13 @@ def estimate(setting: Setting, plan: Plan) -> Estimate:
     )
 
 
+@lru_cache(maxsize=256)
+def _useful_flops(graph: OpGraph) -> float:
+    """FLOP of a sequence's forward and backward."""
+    return 3 * graph.model_flops()[0] / graph.batch_size
+
+
+@lru_cache(maxsize=256)
 def _assumptions(setting: Setting) -> tuple[str, ...]:
     cluster, stack = setting.cluster, setting.stack
     sources = [(f"device {cluster.device.name}", cluster.device.origins)]
