@@ -99,7 +99,12 @@ def band_of(bands: Bands, case: Case) -> BandRule:
 
 
 def fit_bands(
-    cases: Sequence[Case], residuals: Floats, source_residuals: Floats, *, what: str = "published runs"
+    cases: Sequence[Case],
+    residuals: Floats,
+    source_residuals: Floats,
+    *,
+    widen: float = 1.0,
+    what: str = "published runs",
 ) -> Bands:
     """Rules from left-out errors.
 
@@ -107,6 +112,7 @@ def fit_bands(
         cases: measured runs.
         residuals: log(predicted / measured) of each with its model left out of the fit.
         source_residuals: the same with its source left out, for engines that nothing was fitted on.
+        widen: factor of every interval's logarithms, from ``widening``.
         what: the runs, for the origin.
     """
     found = [traits(case) for case in cases]
@@ -115,18 +121,18 @@ def fit_bands(
         chosen = np.asarray([f == (stack, device, experts) for f in found])
         if chosen.sum() >= FEWEST:
             origin = f"{what}: model left out, {stack} on {device}"
-            rules.append(_rule(residuals[chosen], origin, stack=stack, device=device, experts=experts))
+            rules.append(_rule(residuals[chosen], origin, widen=widen, stack=stack, device=device, experts=experts))
     for experts in (False, True):
         for stack in dict.fromkeys(f[0] for f in found if f[2] == experts):
             chosen = np.asarray([f[0] == stack and f[2] == experts for f in found])
             if chosen.sum() >= FEWEST:
                 origin = f"{what}: model left out, {stack} on any device, widened by a fifth for a device not fitted"
-                rules.append(_rule(residuals[chosen], origin, widen=1.2, stack=stack, experts=experts))
+                rules.append(_rule(residuals[chosen], origin, widen=1.2 * widen, stack=stack, experts=experts))
     for experts in (False, True):
         chosen = np.asarray([f[2] == experts for f in found])
         if chosen.sum() >= FEWEST:
-            rules.append(_rule(source_residuals[chosen], f"{what}: source left out", experts=experts))
-    rules.append(_rule(source_residuals, f"{what}: source left out"))
+            rules.append(_rule(source_residuals[chosen], f"{what}: source left out", widen=widen, experts=experts))
+    rules.append(_rule(source_residuals, f"{what}: source left out", widen=widen))
     return Bands(band=tuple(rules))
 
 
@@ -157,8 +163,11 @@ def quantiles(residuals: Floats) -> tuple[float, float]:
     return min(float(ordered[rank - 1]), 0.0), max(float(ordered[-rank]), 0.0)
 
 
-def coverage(cases: Sequence[Case], residuals: Floats, keys: Sequence[object]) -> float:
-    """Share of runs inside bands made of the other parts' errors: ``keys`` are the parts that were left out."""
+def coverage(cases: Sequence[Case], residuals: Floats, keys: Sequence[object], *, widen: float = 1.0) -> float:
+    """Share of runs inside bands made of the other parts' errors: ``keys`` are the parts that were left out.
+
+    ``widen`` multiplies the logarithms of the bands' ends.
+    """
     inside = []
     found = [traits(case) for case in cases]
     for key in dict.fromkeys(keys):
@@ -170,8 +179,19 @@ def coverage(cases: Sequence[Case], residuals: Floats, keys: Sequence[object]) -
             if not alike.any():
                 continue
             low, high = quantiles(residuals[alike])
-            inside.append(low <= residuals[index] <= high)
+            inside.append(widen * low <= residuals[index] <= widen * high)
     return float(np.mean(inside)) if inside else float("nan")
+
+
+def widening(cases: Sequence[Case], residuals: Floats, keys: Sequence[object]) -> float:
+    """Factor, at least 1, at which bands made of other parts hold SHARE of a part's runs.
+
+    Runs of a model err alike, so that the quantiles of other models' runs alone are too narrow for it.
+    """
+    for factor in np.arange(1.0, 2.01, 0.05):
+        if not coverage(cases, residuals, keys, widen=float(factor)) < SHARE:
+            return float(factor)
+    return 2.0
 
 
 def bands_toml(bands: Bands) -> str:

@@ -18,7 +18,7 @@ from autopar.fit.errors import Errors, errors_of, sources_of
 from autopar.fit.fitting import FitResult, fit
 from autopar.fit.leave_out import LeftOut, leave_out, model_keys
 from autopar.fit.problem import Case, Problem
-from autopar.validate.bands import Bands, coverage, fit_bands
+from autopar.validate.bands import Bands, coverage, fit_bands, widening
 from autopar.validate.bars import BARS, Bar
 from autopar.validate.calibrate import calibrated_error, width_cell
 from autopar.validate.choices import MemoryPair, Sweep, memory_pairs, sweeps
@@ -205,8 +205,11 @@ def _bands(result: FitResult | None, models: LeftOut | None, sources: LeftOut | 
     cases: list[Case] = [result.problem.cases[result.observations[i].case] for i in rows]
     if not cases:
         return None, float("nan")
-    bands = fit_bands(cases, models.residuals[rows], sources.residuals[rows])
-    return bands, coverage(cases, models.residuals[rows], [models.keys[i] for i in rows])
+    residuals, keys = models.residuals[rows], [models.keys[i] for i in rows]
+    widen = widening(cases, residuals, keys)
+    return fit_bands(cases, residuals, sources.residuals[rows], widen=widen), coverage(
+        cases, residuals, keys, widen=widen
+    )
 
 
 def memory_rows(

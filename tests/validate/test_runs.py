@@ -17,7 +17,7 @@ from autopar.errors import EXIT_OK, EXIT_USAGE
 from autopar.fit.problem import Predictions
 from autopar.runs import interpret, read_runs
 from autopar.validate import bands as bands_of
-from autopar.validate.bands import BandRule, Bands, band_of, coverage, fit_bands, quantiles
+from autopar.validate.bands import BandRule, Bands, band_of, coverage, fit_bands, quantiles, widening
 from autopar.validate.calibrate import calibrate, calibrated_error
 from autopar.validate.choices import memory_pairs, sweeps
 from autopar.validate.rival import constant_efficiency, ideal_seconds
@@ -109,6 +109,18 @@ def test_quantiles_hold_four_of_five() -> None:
     cases = [_case(i % 40) for i in range(400)]
     share = coverage(cases, rng.normal(0, 0.1, 400), [i % 40 for i in range(400)])
     assert share == pytest.approx(0.8, abs=0.05)
+
+
+def test_bands_widen_until_they_hold_models_that_err_alike() -> None:
+    rng = np.random.default_rng(1)
+    models = [i // 20 for i in range(160)]
+    cases, effects = [_case(model) for model in models], rng.normal(0, 0.1, 8)
+    residuals = np.asarray([effects[model] for model in models]) + rng.normal(0, 0.005, 160)
+    factor = widening(cases, residuals, models)
+    assert coverage(cases, residuals, models) < 0.8 <= coverage(cases, residuals, models, widen=factor)
+    assert coverage(cases, residuals, models, widen=factor - 0.05) < 0.8
+    narrow, wide = (fit_bands(cases, residuals, residuals, widen=w).band[0] for w in (1.0, factor))
+    assert np.log(wide.high) == pytest.approx(factor * np.log(narrow.high))
 
 
 def _case(model: int, stack: str = "s", device: str = "d", experts: int = 0) -> Any:
