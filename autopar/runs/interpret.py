@@ -48,7 +48,8 @@ MEMORY_BASES: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 
 
-LAST_RANK_LOGS = ("megatron-bridge",)
+ALLOCATOR_LOGS = ("megatron-bridge",)
+"""Engines that log their allocator's peak in decimal gigabytes, to their loggers from the last rank."""
 
 COUNTS = ("n_layers", "hidden", "n_heads", "n_kv_heads", "ffn_hidden", "vocab", "seq_len", "n_gpus", "gpus_per_node",
           "global_batch", "micro_batch", "tp", "pp", "dp", "cp", "ep", "vp")  # fmt: skip
@@ -204,21 +205,24 @@ def _memory(row: RunRow, engine: Engine, degrees: Degrees, zero_stage: int) -> f
     unknown = zero_stage > 0 and not degrees.counted
     if computed or derived or unknown or _ran_out(row) or row.mem_gb_per_gpu is None:
         return None
-    decimal = engine.stack == "megatron-bridge" and not has(row.words("mem_basis", "notes"), r"\bgib\b")
+    words = row.words("mem_basis", "notes")
+    binary = has(words, r"\bgib\b") and not has(words, r"value in gb\b")
+    decimal = engine.stack in ALLOCATOR_LOGS and not binary
     return row.mem_gb_per_gpu * (GB / GIB if decimal else 1.0)
 
 
 def _memory_basis(row: RunRow, engine: Engine) -> tuple[str, str]:
-    """What was counted, and where. Megatron-Bridge writes to its loggers from the last rank."""
+    """What was counted, and on which rank."""
     words = row.words("mem_basis") or row.words("notes")
-    basis = next((basis for pattern, basis in MEMORY_BASES if has(words, pattern)), "")
+    logged = engine.stack in ALLOCATOR_LOGS
+    basis = next((basis for pattern, basis in MEMORY_BASES if has(words, pattern)), "allocated" if logged else "")
     if has(words, r"first/last"):
         return basis, "ends"
     if has(words, r"last (global )?rank|last pipeline stage"):
         return basis, "last"
     if has(row.words("notes"), r"rank[- ]0"):
         return basis, "first"
-    return basis, "last" if basis == "allocated" and engine.stack in LAST_RANK_LOGS else "max"
+    return basis, "last" if logged and basis == "allocated" else "max"
 
 
 def _caveats(row: RunRow) -> tuple[str, ...]:
