@@ -19,6 +19,9 @@ OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "fp8-block":
 
 SOFTMAX_BYTES = (4.0, 6.0)
 """Per score of 2 bytes, forward and backward, of a fused scale, mask and softmax: in and out; two in, one out."""
+CAUSAL_SOFTMAX_BYTES = (3.0, 4.0)
+"""The same under a causal mask: Megatron-LM's kernel reads the seen half of the scores only (and of their gradients), and
+writes all of them."""
 UNFUSED_SOFTMAX_BYTES = (28.0, 32.0)
 """Scale 4, mask 4, to fp32 6, softmax 8, back 6; backward the same with a softmax of 12 (8 + 4)."""
 DROPOUT_BYTES = (5.0, 5.0)
@@ -53,6 +56,20 @@ def quantization_slowdown(rate: MatmulRate, num_units: int, m: ArrayLike, n: Arr
     waves = rows * columns * np.asarray(count, dtype=float) / num_units
     covered = rows * rate.tile_m * columns * rate.tile_n / (m * n)
     return (np.ceil(waves) / waves * covered) ** rate.quantization
+
+
+def misalignment_slowdown(rate: MatmulRate, precision: str, n: ArrayLike, k: ArrayLike) -> Any:
+    """1 + c (1 - a/8) of products with weights [k, n] in 2 bytes; a = 8, 4, 2 or 1, the most that divides n and k.
+
+    Tensor cores load 16 bytes at a time; from rows that start elsewhere kernels load a elements. Source: NVIDIA, Matrix
+    Multiplication Background (multiples of 16 bytes); the form is read off heads of an undivided, halved, quartered and
+    eighthed vocabulary of 50257 (1 element: 2.1 to 2.6 times slower, 2: 2.3 to 2.9, 4: 1.6). Tokens are not looked at,
+    since they are multiples of 8 but in inference.
+    """
+    if not rate.misalignment or OPERAND_BYTES.get(precision, 2.0) != 2.0:
+        return 1.0
+    width, depth = (np.rint(np.asarray(x, dtype=float)).astype(np.int64) for x in (n, k))
+    return 1 + rate.misalignment * (1 - np.gcd(np.gcd(width, depth), 8) / 8)
 
 
 def product_seconds(
@@ -103,7 +120,7 @@ def matmul_seconds(
         work = 2.0 * m * n * k / (device.peak(precision) * matmul_efficiency(rate, m, n, k))
         return 2 * (device.op_overhead + work)
     rows = m / groups
-    few = np.where(groups > 1, 1 + rate.rows_half / rows, 1.0)
+    few = np.where(groups > 1, 1 + rate.rows_half / rows, 1.0) * misalignment_slowdown(rate, precision, n, k)
     if not backward:
         return product_seconds(device, precision, rate, (rows, n, k), groups, result, few)
     gradient = weight_gradient_bytes or result
@@ -182,8 +199,8 @@ def unfused_attention_seconds(
     """Attention by batched products that write the scores, and memory-bound passes over the scores.
 
     The products compute the whole score matrix, causal or not: queries x keys and scores x values, backward four. A
-    fused scale, mask and softmax moves 4 bytes per score forward and 6 backward, dropout 5 and 5; unfused, each is a
-    pass of its own around a softmax in fp32 (without a mask one pass less).
+    fused scale, mask and softmax moves 4 bytes per score forward and 6 backward (3 and 4 under a causal mask), dropout 5
+    and 5; unfused, each is a pass of its own around a softmax in fp32 (without a mask one pass less).
 
     Source: bytes counted from the operations; products whose head size is not a multiple of 8 run about 12 times
     slower, since 2-byte tensor cores want 16-byte rows (trials of BLOOM with heads of 150).
@@ -198,7 +215,8 @@ def unfused_attention_seconds(
     products = sum(product_seconds(device, precision, rate, shape, count, result) for shape in shapes)
     if OPERAND_BYTES.get(precision, 2.0) == 2.0:
         products = products * np.where((head % 8 == 0) & (values % 8 == 0), 1.0, MISALIGNED_SLOWDOWN)
-    per_score = SOFTMAX_BYTES[backward] if fused_softmax else UNFUSED_SOFTMAX_BYTES[backward] - (0 if causal else 4.0)
+    fused_bytes = (CAUSAL_SOFTMAX_BYTES if causal else SOFTMAX_BYTES)[backward]
+    per_score = fused_bytes if fused_softmax else UNFUSED_SOFTMAX_BYTES[backward] - (0 if causal else 4.0)
     per_score += DROPOUT_BYTES[backward] if dropout else 0.0
     moved = count * queries * keys * per_score * result / 2
     return products + stream_seconds(device, moved, "softmax", backward=backward, ops=1 + dropout)

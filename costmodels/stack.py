@@ -168,6 +168,7 @@ class PipelineHabits:
         buffers: a stage has receive buffers for all microbatches and keeps its results until their backward.
         serial_stages: a stage's gathers and reductions happen within its passes, so that its neighbours wait for them.
         scatters: a stage sends 1/tp of an activation per rank, and the receivers gather it.
+        node_share: share of the links inside a node that one transfer reaches: a send uses few of their channels.
         interleaved_exposed: share of transfers that interleaved stages wait for.
         balanced_ends: embedding and head count as a block each when blocks are divided over stages.
     """
@@ -175,6 +176,7 @@ class PipelineHabits:
     buffers: bool = True
     serial_stages: bool = True
     scatters: bool = False
+    node_share: float = 1.0
     interleaved_exposed: float = 1.0
     balanced_ends: bool = False
 
