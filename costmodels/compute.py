@@ -19,7 +19,7 @@ OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "fp8-block":
 
 SOFTMAX_BYTES = (4.0, 6.0)
 """Per score of 2 bytes, forward and backward, of a fused scale, mask and softmax: in and out; two in, one out."""
-CAUSAL_SOFTMAX_BYTES = (3.0, 4.0)
+CAUSAL_SOFTMAX_BYTES = (4.0, 6.0)
 """The same under a causal mask: Megatron-LM's kernel reads the seen half of the scores only (and of their gradients), and
 writes all of them."""
 UNFUSED_SOFTMAX_BYTES = (28.0, 32.0)

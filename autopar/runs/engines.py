@@ -103,6 +103,7 @@ VARIANTS: tuple[tuple[str, str], ...] = (
     (r"bf16 optimizer|fp32 grad(ient)? accumulation", "bf16-master-gradients"),
     (r"type:transformer\|embedding|account[-_]for[-_](embedding|loss)", "balanced-ends"),
     (r"bigscience|cuda_launch_blocking", "blocking-launches"),
+    (r"ground_truth_single|layer traces", "layer-traces"),
 )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def _stack_by_sharding(words: str, year: int) -> str:
 
 def read_stack(row: RunRow, engine: Engine) -> Read[str]:
     """Name of the stack with the variants that the row's words ask for."""
-    words = row.words("source", "model_name", "framework", "dtype", "notes")
+    words = row.words("source", "source_ref", "model_name", "framework", "dtype", "notes")
     known = stack_variants(engine.stack)
     asked = [variant for pattern, variant in VARIANTS if has(words, pattern)]
     assumed = [f"{engine.stack} has no setting '{variant}': left out" for variant in asked if variant not in known]
