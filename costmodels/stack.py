@@ -60,6 +60,7 @@ class Host:
         graphed: share of launches that CUDA graphs save.
         exponent: q; 1 where launches block the device, large where they run ahead.
         step_seconds: per step, beside everything else.
+        waits_for_blocks: launches run ahead within a block only, not over a whole pass.
     """
 
     launch_seconds: float = 0.0
@@ -67,6 +68,7 @@ class Host:
     graphed: float = 0.0
     exponent: float = 4.0
     step_seconds: float = 0.0
+    waits_for_blocks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
