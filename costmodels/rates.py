@@ -20,6 +20,7 @@ class MatmulRate:
         byte_cost: c of the term c bytes / memory_bandwidth that is added to the time of the multiplications; 0 = off.
         tile_m, tile_n: the block of the result that one unit of the device computes at a time.
         quantization: exponent x of the slowdown q^x by partly filled tiles and waves; 0 = off.
+        misalignment: c of the slowdown of products whose rows of weights are no multiples of 16 bytes; 0 = off.
     """
 
     peak_fraction: float
@@ -31,6 +32,7 @@ class MatmulRate:
     tile_m: int = 128
     tile_n: int = 256
     quantization: float = 0.0
+    misalignment: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,6 +62,7 @@ class Host:
         graphed: share of launches that CUDA graphs save.
         exponent: q; 1 where launches block the device, large where they run ahead.
         step_seconds: per step, beside everything else.
+        waits_for_blocks: launches run ahead within a block only, not over a whole pass.
     """
 
     launch_seconds: float = 0.0
@@ -69,6 +70,7 @@ class Host:
     graphed: float = 0.0
     exponent: float = 4.0
     step_seconds: float = 0.0
+    waits_for_blocks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +180,7 @@ class PipelineHabits:
         buffers: a stage has receive buffers for all microbatches and keeps its results until their backward.
         serial_stages: a stage's gathers and reductions happen within its passes, so that its neighbours wait for them.
         scatters: a stage sends 1/tp of an activation per rank, and the receivers gather it.
+        node_share: share of the links inside a node that one transfer reaches: a send uses few of their channels.
         interleaved_exposed: share of transfers that interleaved stages wait for.
         balanced_ends: embedding and head count as a block each when blocks are divided over stages.
     """
@@ -185,6 +188,7 @@ class PipelineHabits:
     buffers: bool = True
     serial_stages: bool = True
     scatters: bool = False
+    node_share: float = 1.0
     interleaved_exposed: float = 1.0
     balanced_ends: bool = False
 

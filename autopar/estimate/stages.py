@@ -165,7 +165,12 @@ def rank_work(
     tensor = of["tensor_forward"] + of["tensor_backward"] + again.tensor
     expert = of["expert_forward"] + of["expert_backward"] + again.expert
     device = of["forward"] + of["backward"] + again.seconds + forward_communication + backward_communication
-    launches = 3 * of["calls"] + again.calls
+    launch_seconds = stack.host.launch_seconds * (1 - stack.host.graphed)
+    if stack.host.waits_for_blocks:
+        stall = _stall_by_section(prices, rows, counts, is_block, again, launch_seconds, stack.host.exponent)
+    else:
+        host = (3 * of["calls"] + again.calls) * launch_seconds
+        stall = launch_stall_seconds(device, host, stack.host.exponent)
     return RankWork(
         forward=of["forward"],
         backward=of["backward"],
@@ -175,9 +180,7 @@ def rank_work(
         expert=expert,
         forward_communication=forward_communication,
         backward_communication=backward_communication,
-        stall=launch_stall_seconds(
-            device, launches * stack.host.launch_seconds * (1 - stack.host.graphed), stack.host.exponent
-        ),
+        stall=stall,
         kept=of["kept"] - again.freed,
         kept_loss=of["kept_loss"],
         kept_end=_totals({"kept": prices.kept}, rows, counts * is_end)["kept"],
@@ -280,6 +283,31 @@ def _again(prices: Prices, rows: Ints, blocks: Floats, plans: PlanArrays) -> _Ag
         freed=freed,
         full=full,
     )
+
+
+def _stall_by_section(
+    prices: Prices,
+    rows: Ints,
+    counts: Floats,
+    is_block: NDArray[np.bool_],
+    again: _Again,
+    launch_seconds: float,
+    exponent: float,
+) -> Floats:
+    """Seconds of waiting for launches where each block, and each end of the model, waits by itself, [plans, ranks].
+
+    Recomputation is spread evenly over a rank's blocks.
+    """
+    device = prices.forward + prices.backward + prices.tensor_forward + prices.tensor_backward
+    device = device + prices.context_forward + prices.context_backward + prices.expert_forward + prices.expert_backward
+    held = np.maximum((counts * is_block).sum(axis=1), 1.0)[None, :]
+    stall: Floats = np.zeros((len(rows), len(counts)))
+    for section, number in enumerate(counts.T):
+        share = is_block[section] / held
+        busy = device[rows, section][:, None] + share * (again.seconds + again.communication)
+        host = (3 * prices.calls[rows, section][:, None] + share * again.calls) * launch_seconds
+        stall += number * launch_stall_seconds(busy, host, exponent)
+    return stall
 
 
 def launch_stall_seconds(device: Floats, host: Floats, exponent: float) -> Floats:

@@ -44,13 +44,17 @@ def transfer_seconds(setting: Setting, plans: PlanArrays, boundary: Floats) -> F
     """One transfer of ``boundary`` bytes between pipeline neighbours, [plans].
 
     Without sequence parallelism all tensor parallel ranks hold the same activation; a stack that scatters sends a part
-    from each and gathers the parts inside the receiving group (Narayanan et al. 2021, section 4.1).
+    from each and gathers the parts inside the receiving group (Narayanan et al. 2021, section 4.1). Inside a node a
+    send reaches a stack's ``node_share`` of the links.
     """
     stride = plans.dp * plans.cp * plans.tp
     algorithms, habits = setting.stack.algorithms, setting.stack.pipeline
     scatters = habits.scatters & (plans.tp > 1) & ~plans.sp
     part = boundary / np.where(scatters, plans.tp, 1)
-    seconds = collective_seconds(setting.cluster, "send", 2, stride, part, algorithms)
+    inside = stride < setting.cluster.domain
+    seconds = collective_seconds(
+        setting.cluster, "send", 2, stride, part / np.where(inside, habits.node_share, 1.0), algorithms
+    )
     if habits.scatters:
         gather = collective_seconds(setting.cluster, "all_gather", plans.tp, 1, boundary, algorithms)
         seconds = seconds + np.where(scatters, gather, 0.0)

@@ -112,6 +112,7 @@ VARIANTS: tuple[tuple[str, str], ...] = (
     (r"type:transformer\|embedding|account[-_]for[-_](embedding|loss)", "balanced-ends"),
     (r"bigscience|cuda_launch_blocking", "blocking-launches"),
     (r"simumax", "slow-products"),
+    (r"ground_truth_single|layer traces", "layer-traces"),
 )  # fmt: skip
 
 
@@ -145,7 +146,7 @@ def read_stack(row: RunRow, engine: Engine, latent: bool = False) -> Read[str]:
 
     ``latent`` models of Megatron-Bridge are trained with narrow optimizer states, as its recipes for them say.
     """
-    words = row.words("source", "model_name", "framework", "dtype", "notes")
+    words = row.words("source", "source_ref", "model_name", "framework", "dtype", "notes")
     known = stack_variants(engine.stack)
     asked = [variant for pattern, variant in VARIANTS if has(words, pattern)]
     asked += _unsaid(row, engine, asked, latent)

@@ -41,6 +41,8 @@ BEYOND: tuple[tuple[str, str], ...] = (
 )
 
 GPT_VOCAB = 50257  # of GPT-2, which GPT-like runs use
+# Of vTrain, single-node runs of its own model: src/config.py and gpt_modeling.py there give each rank 50257 // tp rows.
+UNPADDED = r"ground_truth_single"
 GPT_LIKE = ("gpt2", "gpt3", "megatron")
 DENSE_DROPOUT = ("gpt", "bert", "megatron", "bloom", "mt-nlg")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)-?([bmt])(?![a-z])")
@@ -140,7 +142,8 @@ def _complete(
     heads = number(row.n_heads, lambda m: m.num_heads, "number of heads")
     gated = row.gated_mlp if row.gated_mlp is not None else bool(family and family.template.gated_mlp)
     gpt = family is None or family.stem in GPT_LIKE
-    vocab = _padded(GPT_VOCAB, tp) if family is None or gpt else family.template.vocab_size
+    padded = _cut if has(row.words("source_ref"), UNPADDED) else _padded
+    vocab = padded(GPT_VOCAB, tp) if family is None or gpt else family.template.vocab_size
     kind = _kind(notes, gated, family)
     head_size = known.head_size if known else (family.head_size if family else None) or 0
     if not head_size and hidden % heads:
@@ -289,6 +292,11 @@ def _multi_token(
 def _padded(vocab: int, tp: int) -> int:
     """Rows of the embedding as Megatron-LM pads them: a multiple of 128 for each of the tp ranks."""
     return -(-vocab // (128 * tp)) * 128 * tp
+
+
+def _cut(vocab: int, tp: int) -> int:
+    """Rows of an embedding that is divided without padding: what tensor parallelism does not divide is dropped."""
+    return vocab // tp * tp
 
 
 def _fit_to_ranks(spec: ModelSpec, tp: int) -> Read[ModelSpec]:

@@ -36,6 +36,18 @@ def test_products_never_beat_the_peak(m: int, n: int, k: int) -> None:
     assert float(matmul_seconds(device, "bf16", m, n, k)) >= 2 * m * n * k / device.peak("bf16")
 
 
+@pytest.mark.parametrize(("width", "elements"), [(4096, 8), (4100, 4), (4098, 2), (4097, 1)])
+def test_rows_off_16_bytes_slow_products(width: int, elements: int) -> None:
+    """1 + c (1 - a/8), by the width or by the inner dimension; not by tokens, not in fp32."""
+    plain, slow = (plain_device(MatmulRate(peak_fraction=0.5, misalignment=c)) for c in (0.0, 1.6))
+    for shape in ((512, width, 1024), (512, 1024, width)):
+        for backward in (False, True):
+            before, after = (float(matmul_seconds(d, "bf16", *shape, backward=backward)) for d in (plain, slow))
+            assert after / before == pytest.approx(1 + 1.6 * (1 - elements / 8))
+            assert matmul_seconds(slow, "fp8", *shape) == matmul_seconds(plain, "fp8", *shape)
+    assert matmul_seconds(slow, "bf16", width, 512, 1024) == matmul_seconds(plain, "bf16", width, 512, 1024)
+
+
 def plain_device(rate: MatmulRate, **changes: object) -> Device:
     """Round numbers, so that closed forms can be written out."""
     fields: dict[str, object] = {
@@ -155,7 +167,7 @@ def test_unfused_attention_is_as_slow_as_its_chart(name: str, error: float, caus
     measured = 3.5 * 4 * count * seq**2 * head * (0.5 if causal == "1" else 1.0)
     measured /= device.peak("bf16") * numbers(rows, "efficiency")
     shape = dict(batch=count, heads=1, query_len=seq, key_len=seq, head_size=head, dropout=False, fused_softmax=True)
-    predicted = sum(unfused_attention_seconds(device, "bf16", **shape, causal=True, backward=b) for b in (False, True))
+    predicted = sum(unfused_attention_seconds(device, "bf16", **shape, causal=False, backward=b) for b in (False, True))
     passes = 4.0 * (3 if causal == "1" else 2)
     predicted = predicted + stream_seconds(device, passes * count * seq**2, "softmax")
     assert float(np.mean(np.abs(predicted / measured - 1))) < error
@@ -173,9 +185,11 @@ def test_heads_off_the_grid_are_slow() -> None:
 
 def test_softmax_and_dropout_are_passes_over_the_scores() -> None:
     device = plain_device(MatmulRate(peak_fraction=1.0), bandwidth_fraction={"default": 0.5})
-    shape = dict(batch=2, heads=4, query_len=256, key_len=512, head_size=64, causal=True)
     scores = 2 * 4 * 256 * 512
-    for backward, fused, dropped in ((False, 4, 5), (True, 6, 5)):
+    for backward, causal, fused, dropped in (
+        (False, False, 4, 5), (True, False, 6, 5), (False, True, 3, 5), (True, True, 4, 5),
+    ):  # fmt: skip
+        shape = dict(batch=2, heads=4, query_len=256, key_len=512, head_size=64, causal=causal)
         base = float(
             unfused_attention_seconds(device, "bf16", **shape, dropout=False, fused_softmax=True, backward=backward)
         )

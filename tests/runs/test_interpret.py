@@ -121,6 +121,15 @@ def test_a_missing_vocabulary_is_gpt_2_s_padded_for_tensor_parallelism() -> None
     assert _case("megatron_2020-001", model_name="my own", vocab=None).spec.vocab_size == 50304
 
 
+def test_vtrain_divides_its_vocabulary_without_padding() -> None:
+    """Rows of a rank: 50257, 25128, 12564, 6282."""
+    for tp, vocab in ((1, 50257), (2, 50256), (4, 50256), (8, 50256)):
+        case = _case(
+            "sc21_megatron-009", source_ref="data/ground_truth_single.csv", vocab=None, tp=tp, n_gpus=None, dp=1
+        )
+        assert case.spec.vocab_size == vocab
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("Nemotron_3_Nano", "state-space"), ("mT5-xl", "encoder with a decoder"), ("llava-13b", "besides a language"),
