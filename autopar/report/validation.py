@@ -178,6 +178,10 @@ def readme(study: Study) -> str:
         "![predicted against measured](plots/time-overview.png)",
         "## Memory by source",
         markdown_table(judged_columns(study.memory, rival=False)) if study.memory else "No run says its memory.",
+        f"Bands of memory, made of the intervals of its items, hold {study.memory_coverage:.0%} of the left-out runs, "
+        "each in bands made without its model."
+        if np.isfinite(study.memory_coverage)
+        else "",
         "![errors of single runs](plots/memory-errors.png)" if study.memory else "",
         *_pairs_text(study),
         "## Would it have picked the right layout?",

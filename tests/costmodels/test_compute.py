@@ -224,6 +224,8 @@ def test_adam_keeps_twelve_bytes_beside_half_precision() -> None:
     assert optimizer_bytes_per_parameter("adamw", 4, True) == 8
     assert optimizer_bytes_per_parameter("adamw", 2, False) == 4
     assert optimizer_bytes_per_parameter("sgd", 2, True) == 4
+    assert optimizer_bytes_per_parameter("adamw", 2, True, master_bytes=2, moment_bytes=2) == 6
+    assert optimizer_bytes_per_parameter("adamw", 4, True, master_bytes=2, moment_bytes=2) == 8
     assert sharded(12.0, np.array([0, 1, 2, 3]), 2, 4).tolist() == [12, 12, 3, 3]
 
 

@@ -83,17 +83,22 @@ def test_large_numbers_fit_too(sample_search: SearchResult, width: int) -> None:
 def test_detail_adds_up(sample_setting: Setting, slug: str) -> None:
     found = estimate(sample_setting, parse_slug(slug))
     for columns in (breakdown_columns(found), memory_columns(found)):
-        for column in columns[1:]:
+        for column in columns[1:3]:
             *parts, total = (float(cell) for cell in column.cells)
             assert sum(parts) == pytest.approx(total, abs=1e-9)
         assert columns[2].cells[-1] == "100.0"
+    amounts, lows, highs = (columns[i].cells for i in (1, 3, 4))
+    for low, amount, high in zip(lows, amounts, highs, strict=True):
+        assert float(low) <= float(amount) <= float(high)
     lines = drawn(plan_detail(found, width=80), 80)
     assert max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
     assert found.plan.slug in text
     for assumption in found.assumptions:
         assert assumption in text
-    assert len([line for line in lines if re.match(r"^ +\d+ +[\d.]+ +[\d.]+%", line)]) == len(found.memory_per_rank)
+    assert len([line for line in lines if re.match(r"^ +\d+( +[\d.]+){3} +[\d.]+%", line)]) == len(
+        found.memory_per_rank
+    )
 
 
 @pytest.mark.parametrize("width", [80, 120])

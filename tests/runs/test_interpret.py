@@ -51,7 +51,7 @@ CASES = [
     ("mlperf-015", "tp4.pp6.vp8.cp1.dp448.z1.mb1.ac-none.sp", "nemo-2024+cuda-graph-partial", "fp8", "h100", 1344),
     ("megatron_bridge-260", "tp1.pp1.vp1.cp1.dp8.z3.mb1.ac-full5", "megatron-bridge", "fp8", "h100", 1),
     ("bridge_memory_studies-004", "tp2.pp1.vp1.cp1.ep8.dp4.z1.mb1.ac-selective+mlp+mla_up_proj.sp",
-     "megatron-bridge", "bf16", "h100", 1),
+     "megatron-bridge+narrow-states", "bf16", "h100", 1),
     ("simumax_b200-007", "tp1.pp1.vp1.cp1.ep8.dp8.z1.mb1.ac-none", "megatron-core+slow-products", "bf16", "b200", 1),
     ("automodel-010", "tp1.pp1.vp1.cp2.dp32.z3.mb1.ac-none", "automodel", "bf16", "h100", 8),
     ("nemo_2407-009", "tp2.pp4.vp10.cp1.dp8.z1.mb2.ac-none.sp", "nemo-2024", "fp8", "h100", 8),
@@ -202,9 +202,9 @@ def test_settings_of_an_engine(notes: str, stack: str) -> None:
 @pytest.mark.parametrize(
     ("notes", "stack"),
     [
-        ("NeMo container 25.09", "megatron-bridge+deepep+a2a-overlap"),
-        ("NeMo container 25.11", "megatron-bridge+hybridep"),
-        ("NeMo container 25.11; dispatcher=deepep", "megatron-bridge+deepep"),
+        ("NeMo container 25.09", "megatron-bridge+narrow-states+deepep+a2a-overlap"),
+        ("NeMo container 25.11", "megatron-bridge+narrow-states+hybridep"),
+        ("NeMo container 25.11; dispatcher=deepep", "megatron-bridge+deepep+narrow-states"),
     ],
 )
 def test_recipes_of_an_expert_model_by_release(notes: str, stack: str) -> None:
@@ -328,9 +328,40 @@ def test_memory_says_how_it_was_measured() -> None:
 
     assert basis("torchtitan-010") == (61.8, "reserved", "max")
     assert basis("bloom_prequel-127") == (40.0, "device", "ends")
-    assert basis("mcore_ci-020") == (48.2471, "allocated", "last")
+    # State divided over an unknown number of ranks cannot be compared.
+    assert basis("mcore_ci-020") == (None, "allocated", "last")
+    known = _case("mcore_ci-020", n_gpus=128)
+    assert (known.measured_memory_gib, known.memory_basis, known.memory_rank) == (48.2471, "allocated", "last")
     assert basis("korthikanti22-012")[0] is None  # computed, not measured
     assert _case("mcore_ci-020").measured_s is None  # on an unknown number of devices
+
+
+def test_logs_of_megatron_bridge_are_decimal_and_of_the_last_rank() -> None:
+    case = _case("bridge_memory_studies-004")
+    assert case.measured_memory_gib == pytest.approx(35.917e9 / 2**30)
+    assert (case.memory_basis, case.memory_rank) == ("allocated", "last")
+    stated = _case("bridge_memory_studies-004", mem_basis="", notes="rank-0 peak GiB")
+    assert (stated.measured_memory_gib, stated.memory_basis, stated.memory_rank) == (35.917, "allocated", "first")
+    other = _case("bridge_memory_studies-004", framework="Megatron-Core 0.12")
+    assert (other.measured_memory_gib, other.memory_rank) == (35.917, "max")
+
+
+def test_what_a_row_leaves_out_follows_the_engine_s_defaults() -> None:
+    """Megatron-LM's command line fuses no loss unless told; torchtitan compiles its loss since 2025."""
+    flags = "flags: transformer-impl=transformer_engine"
+    assert "unfused-loss" in _case("mcore_ci-020", notes=flags).stack
+    assert "unfused-loss" not in _case("mcore_ci-020", notes=f"{flags}, cross-entropy-loss-fusion").stack
+    assert "unfused-attention" in _case("mcore_ci-020", notes=f"{flags}, attention-backend=unfused").stack
+    assert "unfused-attention" not in _case("mcore_ci-020", notes=f"{flags}, attention-backend=flash").stack
+    assert _case("torchtitan-010", year=2024).stack == "torchtitan+uncompiled-loss"
+    assert _case("torchtitan-010", year=2026).stack == "torchtitan"
+    assert "narrow-states" not in _case("megatron_bridge-260").stack  # no latent attention
+
+
+def test_last_blocks_in_bf16() -> None:
+    notes = "NVFP4 layers 0-26, bf16 tail; peak reserved GiB"
+    assert _case("torchtitan-010", n_layers=32, notes=notes).spec.wide_blocks == 5
+    assert _case("torchtitan-010", n_layers=32, notes="layers 0-26 on the first stage").spec.wide_blocks == 0
 
 
 def test_what_a_prediction_does_not_know_of_is_said() -> None:

@@ -53,7 +53,7 @@ def test_megatron() -> None:
     case = interpret(row)
     assert isinstance(case, RunCase)
     assert case.plan == parse_slug("tp2.pp2.vp4.cp1.ep4.dp4.z1.mb1.ac-selective+core_attn+layernorm.sp")
-    assert case.stack == "megatron-core+plain-dispatcher"
+    assert case.stack == "megatron-core+plain-dispatcher+unfused-loss"
     assert not case.spec.bias
     assert not case.spec.dropout
 
