@@ -19,9 +19,6 @@ OPERAND_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "fp8-block":
 
 SOFTMAX_BYTES = (4.0, 6.0)
 """Per score of 2 bytes, forward and backward, of a fused scale, mask and softmax: in and out; two in, one out."""
-CAUSAL_SOFTMAX_BYTES = (4.0, 6.0)
-"""The same under a causal mask: Megatron-LM's kernel reads the seen half of the scores only (and of their gradients), and
-writes all of them."""
 UNFUSED_SOFTMAX_BYTES = (28.0, 32.0)
 """Scale 4, mask 4, to fp32 6, softmax 8, back 6; backward the same with a softmax of 12 (8 + 4)."""
 DROPOUT_BYTES = (5.0, 5.0)
@@ -199,8 +196,8 @@ def unfused_attention_seconds(
     """Attention by batched products that write the scores, and memory-bound passes over the scores.
 
     The products compute the whole score matrix, causal or not: queries x keys and scores x values, backward four. A
-    fused scale, mask and softmax moves 4 bytes per score forward and 6 backward (3 and 4 under a causal mask), dropout 5
-    and 5; unfused, each is a pass of its own around a softmax in fp32 (without a mask one pass less).
+    fused scale, mask and softmax moves 4 bytes per score forward and 6 backward, dropout 5 and 5; unfused, each is a
+    pass of its own around a softmax in fp32 (without a mask one pass less).
 
     Source: bytes counted from the operations; products whose head size is not a multiple of 8 run about 12 times
     slower, since 2-byte tensor cores want 16-byte rows (trials of BLOOM with heads of 150).
@@ -215,8 +212,7 @@ def unfused_attention_seconds(
     products = sum(product_seconds(device, precision, rate, shape, count, result) for shape in shapes)
     if OPERAND_BYTES.get(precision, 2.0) == 2.0:
         products = products * np.where((head % 8 == 0) & (values % 8 == 0), 1.0, MISALIGNED_SLOWDOWN)
-    fused_bytes = (CAUSAL_SOFTMAX_BYTES if causal else SOFTMAX_BYTES)[backward]
-    per_score = fused_bytes if fused_softmax else UNFUSED_SOFTMAX_BYTES[backward] - (0 if causal else 4.0)
+    per_score = SOFTMAX_BYTES[backward] if fused_softmax else UNFUSED_SOFTMAX_BYTES[backward] - (0 if causal else 4.0)
     per_score += DROPOUT_BYTES[backward] if dropout else 0.0
     moved = count * queries * keys * per_score * result / 2
     return products + stream_seconds(device, moved, "softmax", backward=backward, ops=1 + dropout)

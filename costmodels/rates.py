@@ -20,7 +20,7 @@ class MatmulRate:
         byte_cost: c of the term c bytes / memory_bandwidth that is added to the time of the multiplications; 0 = off.
         tile_m, tile_n: the block of the result that one unit of the device computes at a time.
         quantization: exponent x of the slowdown q^x by partly filled tiles and waves; 0 = off.
-        misalignment: c of the slowdown of products whose rows of weights do not start at multiples of 16 bytes; 0 = off.
+        misalignment: c of the slowdown of products whose rows of weights start off multiples of 16 bytes; 0 = off.
     """
 
     peak_fraction: float
