@@ -16,7 +16,7 @@ from autopar.model.build import build_graph
 from autopar.model.presets import load_preset
 from autopar.model.spec import ModelSpec
 from autopar.plan import parse_slug
-from autopar.shard import EXPERT_SPLITS, expert_collectives, local_parameters
+from autopar.shard import EXPERT_SPLITS, Degrees, expert_collectives, local_matmul, local_parameters
 from autopar.workload import Precision, Workload
 from costmodels.errors import InputError
 from costmodels.hardware import load_cluster
@@ -137,6 +137,15 @@ def test_waiting_by_blocks_lets_no_block_hide_the_launches_of_another(slug: str)
     ]
     assert additive[0] == pytest.approx(additive[1])
     assert stall(GPT, True, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(1, 50304), (2, 25216), (8, 6400)])
+def test_megatron_pads_the_head_of_every_rank(tp: int, rows: int) -> None:
+    graph = build_graph(load_preset("gpt2-xl"), seq_len=1024, precision=Precision.FP16)
+    head = next(op for op in graph.ops if op.name == "head")
+    degrees = Degrees(tp=tp, cp=1, sp=False, microbatch=1)
+    assert local_matmul(head, graph, degrees, load_stack("megatron-2022"))[1] == rows
+    assert local_matmul(head, graph, degrees, load_stack("torchtitan"))[1] == 50257 / tp
 
 
 def test_a_send_inside_a_node_reaches_a_share_of_its_links() -> None:
