@@ -17,6 +17,8 @@ from costmodels.stack import Stack
 
 EXPERT_SPLITS = (Split.EXPERT_COLUMN, Split.EXPERT_ROW)
 """Weights that belong to experts."""
+VOCAB_MULTIPLE = 128
+"""Of the rows of a rank's part of a padded embedding: Megatron-LM's ``make_vocab_size_divisible_by``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +102,7 @@ def batch_scale(graph: OpGraph, degrees: Degrees) -> Any:
 def local_matmul(op: Op, graph: OpGraph, degrees: Degrees, stack: Stack) -> tuple[Any, Any, Any]:
     """(m, n, k) of a product on one rank: m shrinks with the context, n or k with tensor parallelism.
 
-    Products of replicated weights work on a rank's part of the sequence.
+    Products of replicated weights work on a rank's part of the sequence. A stack may pad the head's rows.
     """
     assert isinstance(op.shape, MatmulShape)
     tp = np.asarray(degrees.tp, dtype=float)
@@ -112,6 +114,8 @@ def local_matmul(op: Op, graph: OpGraph, degrees: Degrees, stack: Stack) -> tupl
         k = k / tp
     elif op.split is Split.TOKENS:
         m = m / np.where(np.asarray(degrees.sp), tp, 1.0)
+    if op.split is Split.VOCAB and stack.tensor.pads_vocab:
+        n = np.ceil(n / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return m, n, k
 
 

@@ -80,12 +80,14 @@ class TensorHabits:
     Attributes:
         exposed: share of communication that is not hidden; above 1 where it runs slower than alone.
         vocab_parallel: embedding and head are divided.
+        pads_vocab: the head computes a multiple of 128 rows on each rank.
         keeps_gathered: under sequence parallelism a column product keeps its gathered input, not its shard.
         sequence_copies: tensors of the whole sequence alive around a gather or scatter along it.
     """
 
     exposed: float = 1.0
     vocab_parallel: bool = True
+    pads_vocab: bool = False
     keeps_gathered: bool = False
     sequence_copies: float = 3.0
 

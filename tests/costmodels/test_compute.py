@@ -167,7 +167,7 @@ def test_unfused_attention_is_as_slow_as_its_chart(name: str, error: float, caus
     measured = 3.5 * 4 * count * seq**2 * head * (0.5 if causal == "1" else 1.0)
     measured /= device.peak("bf16") * numbers(rows, "efficiency")
     shape = dict(batch=count, heads=1, query_len=seq, key_len=seq, head_size=head, dropout=False, fused_softmax=True)
-    predicted = sum(unfused_attention_seconds(device, "bf16", **shape, causal=False, backward=b) for b in (False, True))
+    predicted = sum(unfused_attention_seconds(device, "bf16", **shape, causal=True, backward=b) for b in (False, True))
     passes = 4.0 * (3 if causal == "1" else 2)
     predicted = predicted + stream_seconds(device, passes * count * seq**2, "softmax")
     assert float(np.mean(np.abs(predicted / measured - 1))) < error
@@ -185,11 +185,9 @@ def test_heads_off_the_grid_are_slow() -> None:
 
 def test_softmax_and_dropout_are_passes_over_the_scores() -> None:
     device = plain_device(MatmulRate(peak_fraction=1.0), bandwidth_fraction={"default": 0.5})
+    shape = dict(batch=2, heads=4, query_len=256, key_len=512, head_size=64, causal=True)
     scores = 2 * 4 * 256 * 512
-    for backward, causal, fused, dropped in (
-        (False, False, 4, 5), (True, False, 6, 5), (False, True, 3, 5), (True, True, 4, 5),
-    ):  # fmt: skip
-        shape = dict(batch=2, heads=4, query_len=256, key_len=512, head_size=64, causal=causal)
+    for backward, fused, dropped in ((False, 4, 5), (True, 6, 5)):
         base = float(
             unfused_attention_seconds(device, "bf16", **shape, dropout=False, fused_softmax=True, backward=backward)
         )

@@ -11,11 +11,12 @@ from autopar.estimate import Setting, estimate, to_arrays
 from autopar.estimate.kept import section_kept_bytes
 from autopar.estimate.pieces import combinations, sections
 from autopar.estimate.stages import engine_split, launch_stall_seconds
+from autopar.estimate.step import transfer_seconds
 from autopar.model.build import build_graph
 from autopar.model.presets import load_preset
 from autopar.model.spec import ModelSpec
 from autopar.plan import parse_slug
-from autopar.shard import EXPERT_SPLITS, expert_collectives, local_parameters
+from autopar.shard import EXPERT_SPLITS, Degrees, expert_collectives, local_matmul, local_parameters
 from autopar.workload import Precision, Workload
 from costmodels.errors import InputError
 from costmodels.hardware import load_cluster
@@ -111,6 +112,54 @@ def test_launches_stall_the_device(exponent: float) -> None:
         assert found == pytest.approx(host)
     if exponent == 40.0:
         assert found == pytest.approx(np.maximum(host - device, 0), abs=0.04)
+
+
+@pytest.mark.parametrize("slug", ["mb2.tp8.ac-none", "mb2.tp8.ac-full"])
+def test_waiting_by_blocks_lets_no_block_hide_the_launches_of_another(slug: str) -> None:
+    """Of a block alone both ways agree; the head, busy on the device, hides launches of blocks where passes wait."""
+
+    def stall(spec: ModelSpec, by_block: bool, launch: float) -> float:
+        stack = load_stack("megatron-2021")
+        host = dataclasses.replace(stack.host, launch_seconds=launch, exponent=4.0, waits_for_blocks=by_block)
+        setting = setting_of(spec, dataclasses.replace(stack, host=host), batch=2)
+        return estimate(setting, parse_slug(slug)).breakdown["launch_bound"]
+
+    assert stall(GPT, True, 100e-6) > 1.02 * stall(GPT, False, 100e-6)
+    additive = [
+        estimate(
+            setting_of(
+                GPT, dataclasses.replace(s, host=dataclasses.replace(s.host, exponent=1.0, waits_for_blocks=w)), batch=2
+            ),
+            parse_slug(slug),
+        ).step_s
+        for s in [load_stack("megatron-2021")]
+        for w in (False, True)
+    ]
+    assert additive[0] == pytest.approx(additive[1])
+    assert stall(GPT, True, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(1, 50304), (2, 25216), (8, 6400)])
+def test_megatron_pads_the_head_of_every_rank(tp: int, rows: int) -> None:
+    graph = build_graph(load_preset("gpt2-xl"), seq_len=1024, precision=Precision.FP16)
+    head = next(op for op in graph.ops if op.name == "head")
+    degrees = Degrees(tp=tp, cp=1, sp=False, microbatch=1)
+    assert local_matmul(head, graph, degrees, load_stack("megatron-2022"))[1] == rows
+    assert local_matmul(head, graph, degrees, load_stack("torchtitan"))[1] == 50257 / tp
+
+
+def test_a_send_inside_a_node_reaches_a_share_of_its_links() -> None:
+    stack = load_stack("megatron-2021")
+    tenth = dataclasses.replace(stack, pipeline=dataclasses.replace(stack.pipeline, node_share=0.1, scatters=False))
+    whole = dataclasses.replace(stack, pipeline=dataclasses.replace(stack.pipeline, scatters=False))
+    for slug, inside in (("pp4.dp2.mb2", True), ("pp2.tp8.mb2", False)):
+        plans, cluster = to_arrays([parse_slug(slug)]), "a100-80g:1x8" if inside else "a100-80g:2x8"
+        size = np.asarray([64e6])
+        slow, fast = (
+            float(transfer_seconds(setting_of(stack=s, cluster=cluster), plans, size)[0]) for s in (tenth, whole)
+        )
+        latency = load_cluster(cluster).node_link.latency
+        assert slow == pytest.approx(10 * (fast - latency) + latency if inside else fast)
 
 
 def test_graphs_of_kernels_take_launches_away() -> None:

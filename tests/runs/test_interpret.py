@@ -124,10 +124,8 @@ def test_a_missing_vocabulary_is_gpt_2_s_padded_for_tensor_parallelism() -> None
 def test_vtrain_divides_its_vocabulary_without_padding() -> None:
     """Rows of a rank: 50257, 25128, 12564, 6282."""
     for tp, vocab in ((1, 50257), (2, 50256), (4, 50256), (8, 50256)):
-        case = _case(
-            "sc21_megatron-009", source_ref="data/ground_truth_single.csv", vocab=None, tp=tp, n_gpus=None, dp=1
-        )
-        assert case.spec.vocab_size == vocab
+        changes = {"source_ref": "data/ground_truth_single.csv", "vocab": None, "tp": tp, "n_gpus": None, "dp": 1}
+        assert _case("sc21_megatron-009", **changes).spec.vocab_size == vocab
 
 
 @pytest.mark.parametrize(
