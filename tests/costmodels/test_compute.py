@@ -154,7 +154,7 @@ def test_kernels_have_names_and_generations() -> None:
 
 
 @pytest.mark.parametrize("causal", ["0", "1"])
-@pytest.mark.parametrize(("name", "error"), [("a100-80g", 0.2), ("h100", 0.3)])
+@pytest.mark.parametrize(("name", "error"), [("a100-80g", 0.2), ("h100", 0.35)])
 def test_unfused_attention_is_as_slow_as_its_chart(name: str, error: float, causal: str) -> None:
     """PyTorch's attention in FlashAttention's charts: a softmax in half precision, the scale and the mask as passes.
 
