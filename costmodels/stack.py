@@ -241,7 +241,8 @@ class Stack:
     """Traits of one engine.
 
     Attributes:
-        straggler: longer step per doubling of data parallel replicas that have machines of eight devices of their own.
+        straggler: longer step per doubling of data parallel replicas on machines of their own, of eight devices or of
+            as many as NVLink joins.
         algorithms: collective kind to algorithm, where it is not the ring (see costmodels.collectives).
         overheads: host seconds per call, by name, beside the device's op_overhead.
         origins: where numbers come from, by ``group.field``.

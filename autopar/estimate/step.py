@@ -21,7 +21,7 @@ from costmodels.pipeline import pipeline_seconds, schedule_seconds
 WEIGHT_SHARE = 0.5
 """Share of a backward that is the gradients of weights; exact for products, attention and norms have none."""
 STRAGGLER_DEVICES = 8
-"""Devices of the machine in whose number stragglers are counted, so that nodes of four and of eight compare."""
+"""Devices of the machine in whose number stragglers are counted, where NVLink does not join more."""
 SPLIT_BACKWARD = (ScheduleName.ZB_H1, ScheduleName.ZB_H2, *V_SCHEDULES)
 
 TERMS = (
@@ -125,7 +125,7 @@ def step_terms(
     terms["optimizer"] = of(update, last)
     host = setting.stack.host.step_seconds
     terms["step_overhead"] = np.full_like(m, host)
-    machines = plans.world_size / STRAGGLER_DEVICES
+    machines = plans.world_size / max(STRAGGLER_DEVICES, setting.cluster.domain)
     doublings = np.log2(np.maximum(np.minimum(machines, plans.dp * plans.cp), 1.0))
     together: Floats = sum(terms.values(), np.zeros_like(m))
     terms["stragglers"] = setting.stack.straggler * doublings * together

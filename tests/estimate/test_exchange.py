@@ -125,13 +125,13 @@ def test_a_joined_product_casts_its_input_once() -> None:
     assert forward(False) - forward(True) == pytest.approx(3 * (cast + reads + launches), rel=1e-6)
 
 
-def test_stragglers_count_devices_not_boards() -> None:
-    """64 replicas on boards of four and of eight devices: as many machines of eight, so the same share of a step."""
-
-    def share(cluster: str) -> float:
-        found = estimate(setting_of("llama3-8b", cluster), parse_slug("dp64.z1.mb1"))
+def test_stragglers_count_machines_of_eight_or_a_domain() -> None:
+    def share(cluster: str, slug: str) -> float:
+        found = estimate(setting_of("llama3-8b", cluster), parse_slug(slug))
         return found.breakdown["stragglers"] / (found.step_s - found.breakdown["stragglers"])
 
     straggler = load_stack("megatron-core").straggler
-    assert share("gb200:16x4") == pytest.approx(3 * straggler)
-    assert share("h100:8x8") == pytest.approx(3 * straggler)
+    assert share("h100:8x8", "dp64.z1.mb1") == pytest.approx(3 * straggler)
+    assert share("h100:16x4", "dp64.z1.mb1") == pytest.approx(3 * straggler)
+    assert share("gb200:16x4", "dp64.z1.mb1") == 0.0  # one domain
+    assert share("gb200:32x8", "dp64.tp4.z1.mb1") == pytest.approx(np.log2(256 / 72) * straggler)
