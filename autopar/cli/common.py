@@ -81,6 +81,7 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
     return {
         "slug": plan.slug,
         "step_s": estimate.step_s,
+        "step_band_s": [estimate.step_band.low, estimate.step_band.high],
         "memory_gib": estimate.memory_gib,
         "mfu": estimate.mfu,
         "tokens_per_s_per_gpu": estimate.tokens_per_s_per_gpu,

@@ -55,8 +55,9 @@ def validate(
         files = write_validation_report(judged, report)
         say(f"wrote {len(files)} files to {report}")
         if ship_bands and judged.bands is not None:
-            from autopar.validate.bands import bands_file, bands_toml
+            from autopar.validate.bands import bands_toml
             from costmodels.records import write_text
+            from costmodels.step_bands import bands_file
 
             write_text(bands_file(), bands_toml(judged.bands))
             say(f"wrote {bands_file()}")

@@ -123,6 +123,8 @@ def estimate(setting: Setting, plan: Plan) -> Estimate:
     return Estimate(
         plan=plan,
         stack=setting.stack.name,
+        device=device.name,
+        experts=setting.graph.top_k > 0,
         step_s=step_s,
         breakdown=breakdown,
         memory=per_rank[fullest],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from autopar.plan import Plan
 from costmodels.memory_bands import MemoryBand, item_bands
+from costmodels.step_bands import Band, BandRule, load_bands
 from costmodels.units import GIB
 
 
@@ -16,6 +17,8 @@ class Estimate:
 
     Attributes:
         stack: software that is assumed, with its variants.
+        device: name of the device.
+        experts: whether the model has any.
         step_s: seconds of a step.
         breakdown: parts of the step in seconds, by the names of ``step.TERMS``; they add up to step_s.
         memory: bytes at the peak of the fullest pipeline rank, by the names of ``memory.ITEMS``.
@@ -32,6 +35,8 @@ class Estimate:
 
     plan: Plan
     stack: str
+    device: str
+    experts: bool
     step_s: float
     breakdown: Mapping[str, float]
     memory: Mapping[str, float]
@@ -44,6 +49,16 @@ class Estimate:
     peak_flops: float
     flops_convention: str
     assumptions: tuple[str, ...]
+
+    @property
+    def step_rule(self) -> BandRule:
+        """How far published runs of this engine, device and kind of model were from their predictions."""
+        return load_bands().rule_of(self.stack, self.device, self.experts)
+
+    @property
+    def step_band(self) -> Band:
+        """Interval of the step time in seconds, see costmodels.step_bands."""
+        return self.step_rule.around(self.step_s)
 
     @property
     def memory_bytes(self) -> float:

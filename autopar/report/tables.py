@@ -160,9 +160,11 @@ def plan_detail(estimate: Estimate, *, width: int = 120, device: str = "GPU") ->
     from rich.text import Text
 
     scale, unit = time_scale(estimate.step_s)
+    band = estimate.step_band
     headline = Text.assemble(
         (estimate.plan.slug, "bold"),
-        f"\n{significant(estimate.step_s / scale)} {unit} per step, "
+        f"\n{significant(estimate.step_s / scale)} {unit} per step "
+        f"({significant(band.low / scale)} to {significant(band.high / scale)} in four of five runs like it), "
         f"{significant(estimate.tokens_per_s_per_gpu)} tokens/s/{device}, "
         f"{significant(estimate.model_flops_per_s_per_gpu / TFLOPS)} TFLOP/s/{device}, MFU {percent(estimate.mfu)}, "
         f"{estimate.memory_gib:.2f} of {estimate.memory_limit / GIB:.1f} GiB\n",
@@ -176,7 +178,7 @@ def plan_detail(estimate: Estimate, *, width: int = 120, device: str = "GPU") ->
         )
     ]
     spaced = [part for table in tables for part in (table, Text())]
-    caption = Text(plans_caption(estimate, device=device) + "\n", style="dim")
+    caption = Text(f"{plans_caption(estimate, device=device)} Range: {estimate.step_rule.origin}.\n", style="dim")
     assumptions = [Padding(Text(line, style="dim"), (0, 0, 0, 2)) for line in estimate.assumptions]
     return Group(headline, *spaced, caption, Text("Where the numbers come from", style="bold"), *assumptions)
 

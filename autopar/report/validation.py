@@ -24,7 +24,7 @@ from autopar.report.plots.runs import (
 from autopar.report.runs_tables import largest_parts, write_rows
 from autopar.report.style import save_png
 from autopar.validate.bands import bands_toml
-from autopar.validate.bars import BARS, Bar
+from autopar.validate.bars import BARS, TITLES, Bar
 from autopar.validate.study import Judged, Study, measured_arrays
 from costmodels.records import write_json, write_text
 from costmodels.units import GIB
@@ -49,7 +49,7 @@ def write_validation_report(study: Study, folder: Path) -> list[Path]:
 
 def title_of(source: str) -> str:
     """A source as readers know it."""
-    return next((bar.name for bar in BARS if bar.source == source), source)
+    return next((bar.name for bar in BARS if bar.source == source), TITLES.get(source, source))
 
 
 def in_order(sources: Iterable[str]) -> list[str]:

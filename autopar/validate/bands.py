@@ -1,22 +1,14 @@
-"""Intervals of a prediction: within which factor of it the truth lay for runs that a fit had not seen.
-
-``specs/bands.toml`` holds, for each state of knowledge, the factors below and above a prediction between which four of
-five left-out runs were. What is known of a case decides which applies: the same engine on the same device, with or
-without experts; the engine on another device; an engine that nothing was fitted on.
-"""
+"""Factors of a predicted step time between which four of five left-out runs lie, fitted; see costmodels.step_bands."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.fit.problem import Case
-from costmodels.records import from_plain, read_toml
+from costmodels.step_bands import BandRule, Bands
 
 Floats = NDArray[np.float64]
 
@@ -27,67 +19,6 @@ FEWEST = 10
 """Left-out runs from which an engine on a device gets a band of its own."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Band:
-    """An interval in seconds."""
-
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BandRule:
-    """Factors for the cases that match; an empty field matches all.
-
-    Attributes:
-        stack: engine, without its variants.
-        device: name.
-        experts: whether the model has experts; None for both.
-        low, high: factors of the prediction.
-        rows: left-out runs behind them.
-        origin: which.
-    """
-
-    low: float
-    high: float
-    rows: int
-    origin: str
-    stack: str = ""
-    device: str = ""
-    experts: bool | None = None
-
-    def matches(self, stack: str, device: str, experts: bool) -> bool:
-        """Whether the rule is for such a case."""
-        return (
-            self.stack in ("", stack) and self.device in ("", device) and self.experts in (None, experts)
-        )  # fmt: skip
-
-    def around(self, prediction: float) -> Band:
-        """The interval around a prediction."""
-        return Band(low=self.low * prediction, high=self.high * prediction)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bands:
-    """Rules, the narrowest first; the last one matches everything."""
-
-    band: tuple[BandRule, ...]
-
-
-UNKNOWN = BandRule(low=0.75, high=1.35, rows=0, origin="assumed: no bands were fitted")
-
-
-def bands_file() -> Path:
-    """The file that ships."""
-    return Path(str(resources.files("costmodels"))) / "specs" / "bands.toml"
-
-
-def load_bands(path: Path | None = None) -> Bands:
-    """Read rules, the shipped ones by default."""
-    where = path or bands_file()
-    return from_plain(Bands, read_toml(where), str(where)) if where.exists() else Bands(band=(UNKNOWN,))
-
-
 def traits(case: Case) -> tuple[str, str, bool]:
     """Engine without variants, device, and whether the model has experts."""
     return case.stack.split("+")[0], case.cluster.device.name, case.spec.num_experts > 0
@@ -95,7 +26,7 @@ def traits(case: Case) -> tuple[str, str, bool]:
 
 def band_of(bands: Bands, case: Case) -> BandRule:
     """The first rule that matches a case."""
-    return next((rule for rule in bands.band if rule.matches(*traits(case))), UNKNOWN)
+    return bands.rule_of(*traits(case))
 
 
 def fit_bands(

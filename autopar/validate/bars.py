@@ -46,3 +46,6 @@ BARS = (
     Bar(name="Megatron-Core CI", source="mcore_ci", percent=5.0, what="memory"),
     Bar(name="Megatron-Bridge studies", source="bridge_memory_studies", percent=15.0, what="memory difference"),
 )
+
+TITLES = {"nemo_2407": "NeMo 24.07", "torchtitan_nvfp4": "torchtitan NVFP4"}
+"""Names of sources without a goal."""

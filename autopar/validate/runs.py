@@ -17,10 +17,11 @@ from autopar.errors import InputError
 from autopar.fit.cases import read_rows
 from autopar.fit.problem import Case, Predictions, Problem, predict, prepare
 from autopar.runs import RunRow, Unsupported, interpret
-from autopar.validate.bands import Band, Bands, band_of, load_bands
+from autopar.validate.bands import band_of
 from autopar.validate.plans import kendall_tau
 from costmodels.memory_bands import TOTAL, MemoryBand, item_bands
 from costmodels.stack import load_stack
+from costmodels.step_bands import Band, Bands, load_bands
 from costmodels.units import GIB
 
 RUNS_SCHEMA = 1

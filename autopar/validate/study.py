@@ -18,7 +18,7 @@ from autopar.fit.errors import Errors, errors_of, sources_of
 from autopar.fit.fitting import FitResult, fit
 from autopar.fit.leave_out import LeftOut, leave_out, model_keys
 from autopar.fit.problem import Case, Problem
-from autopar.validate.bands import Bands, coverage, fit_bands, widening
+from autopar.validate.bands import coverage, fit_bands, widening
 from autopar.validate.bars import BARS, Bar
 from autopar.validate.calibrate import calibrated_error, width_cell
 from autopar.validate.choices import MemoryPair, Sweep, memory_pairs, sweeps
@@ -27,6 +27,7 @@ from autopar.validate.plans import kendall_tau
 from autopar.validate.rival import constant_efficiency, ideal_seconds
 from autopar.validate.runs import RunsValidation
 from costmodels.memory_bands import MemoryBands
+from costmodels.step_bands import Bands
 from costmodels.units import GIB
 
 Floats = NDArray[np.float64]

@@ -135,3 +135,15 @@ def test_stragglers_count_machines_of_eight_or_a_domain() -> None:
     assert share("h100:16x4", "dp64.z1.mb1") == pytest.approx(3 * straggler)
     assert share("gb200:16x4", "dp64.z1.mb1") == 0.0  # one domain
     assert share("gb200:32x8", "dp64.tp4.z1.mb1") == pytest.approx(np.log2(256 / 72) * straggler)
+
+
+def test_an_estimate_has_a_range_that_widens_where_less_is_known() -> None:
+    def width(stack: str) -> float:
+        setting = dataclasses.replace(setting_of("llama3-8b", "h100:1x8"), stack=load_stack(stack))
+        found = estimate(setting, parse_slug("dp8.z1.mb1"))
+        band = found.step_band
+        assert band.low < found.step_s < band.high
+        assert (band.low, band.high) == (found.step_rule.low * found.step_s, found.step_rule.high * found.step_s)
+        return (band.high - band.low) / found.step_s
+
+    assert width("nemo-2024") < width("deepspeed")  # fitted on runs on this device, fitted on nothing

@@ -17,12 +17,13 @@ from autopar.errors import EXIT_OK, EXIT_USAGE
 from autopar.fit.problem import Predictions
 from autopar.runs import interpret, read_runs
 from autopar.validate import bands as bands_of
-from autopar.validate.bands import BandRule, Bands, band_of, coverage, fit_bands, quantiles, widening
+from autopar.validate.bands import band_of, coverage, fit_bands, quantiles, widening
 from autopar.validate.calibrate import calibrate, calibrated_error
 from autopar.validate.choices import memory_pairs, sweeps
 from autopar.validate.rival import constant_efficiency, ideal_seconds
 from autopar.validate.runs import validate_runs
 from autopar.validate.study import study
+from costmodels.step_bands import BandRule, Bands, load_bands
 
 HEADER = (
     "id,source,model_name,n_layers,hidden,n_heads,ffn_hidden,vocab,seq_len,gpu,n_gpus,gpus_per_node,global_batch,"
@@ -136,7 +137,7 @@ def test_bands_widen_with_ignorance_and_are_read_back(tmp_path: Path) -> None:
     bands = fit_bands(cases, rng.normal(0, 0.02, 50), rng.normal(0, 0.1, 50))
     path = tmp_path / "bands.toml"
     path.write_text(bands_of.bands_toml(bands))
-    read = bands_of.load_bands(path)
+    read = load_bands(path)
     assert len(read.band) == len(bands.band)
     known, other, unknown = (
         band_of(read, case) for case in (_case(0, "s+v"), _case(0, device="e"), _case(0, "t", experts=8))
