@@ -112,6 +112,7 @@ VARIANTS: tuple[tuple[str, str], ...] = (
     (r"type:transformer\|embedding|account[-_]for[-_](embedding|loss)", "balanced-ends"),
     (r"bigscience|cuda_launch_blocking", "blocking-launches"),
     (r"simumax", "slow-products"),
+    (r"deterministic-mode", "deterministic"),
     (r"ground_truth_single|layer traces", "layer-traces"),
 )  # fmt: skip
 

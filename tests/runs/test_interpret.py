@@ -215,6 +215,11 @@ def test_settings_of_a_tuned_recipe_outside_its_tables() -> None:
     assert _case("megatron_bridge-009", **here, notes="EP overlap off; mock data").stack == "megatron-bridge+hybridep"
 
 
+def test_deterministic_kernels_of_megatron_core() -> None:
+    case = _case("simumax_b200-007", source=None, notes="flags: deterministic-mode, overlap-grad-reduce")
+    assert "deterministic" in case.stack.split("+")
+
+
 def test_a_recipe_with_an_empty_list_of_modules_recomputes_nothing() -> None:
     case = _case("megatron_bridge-001")
     assert case.plan.recompute is Recompute.NONE
