@@ -214,6 +214,11 @@ class OpGraph:
         """Operations of one block; -1 and ``num_blocks`` are the ends of the model."""
         return tuple(op for op in self.ops if op.block == block)
 
+    @cached_property
+    def boundary_bytes(self) -> int:
+        """Bytes of the activation between two blocks."""
+        return next((op.output_bytes for op in reversed(self.block_ops(0))), 0)
+
     def parameters(self) -> Iterator[Parameter]:
         """Every weight once: shared ones are left out."""
         for op in self.ops:

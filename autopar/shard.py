@@ -156,8 +156,7 @@ def kept_bytes(tensors: Iterable[SavedTensor], graph: OpGraph, degrees: Degrees,
 
 def boundary_bytes(graph: OpGraph, degrees: Degrees, stack: Stack) -> Any:
     """Bytes of the activation between two blocks on one rank: what pipeline neighbours send."""
-    width = next((op.output_bytes for op in reversed(graph.block_ops(0))), 0)
-    return width * activation_share(Split.TOKENS, degrees, stack) * batch_scale(graph, degrees)
+    return graph.boundary_bytes * activation_share(Split.TOKENS, degrees, stack) * batch_scale(graph, degrees)
 
 
 def tensor_collectives(ops: Iterable[Op], graph: OpGraph, degrees: Degrees, stack: Stack) -> list[Collective]:

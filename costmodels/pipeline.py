@@ -47,6 +47,8 @@ def group_size(num_ranks: int, num_microbatches: int) -> int:
 def group_sizes(num_ranks: ArrayLike, num_microbatches: ArrayLike) -> Any:
     """``group_size`` of arrays."""
     p, m = np.broadcast_arrays(np.asarray(num_ranks), np.asarray(num_microbatches))
+    if p.size == 1:
+        return np.full(p.shape, float(group_size(int(p.flat[0]), int(m.flat[0]))))
     pairs, index = np.unique(np.stack([p.ravel(), m.ravel()]).astype(np.int64), axis=1, return_inverse=True)
     sizes = np.asarray([group_size(int(a), int(b)) for a, b in pairs.T], dtype=float)
     return sizes[index.ravel()].reshape(p.shape)
@@ -103,7 +105,9 @@ def schedule_seconds(
     f, b, w = (np.broadcast_to(x, (*outer, x.shape[-1])).reshape(-1, x.shape[-1]) for x in (f, b, w))
     m, v, h = column(num_microbatches), column(virtual), column(hidden)
     c = column(transfer) * column(exposed)
-    ranks = column(f.shape[-1] if num_ranks is None else num_ranks)[:, 0].astype(np.int64)
+    if num_ranks is None:
+        return _one_size(schedule, f, b, w, m, v, c if f.shape[-1] > 1 else 0 * c, h).reshape(outer)[()]
+    ranks = column(num_ranks)[:, 0].astype(np.int64)
     out = np.empty(len(f))
     for p in np.unique(ranks):
         rows = ranks == p

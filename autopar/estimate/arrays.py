@@ -148,3 +148,8 @@ def to_arrays(plans: Sequence[Plan]) -> PlanArrays:
         recompute_layers=ints([plan.recompute_layers for plan in plans]),
         stage_blocks={i: plan.stage_blocks for i, plan in enumerate(plans) if plan.stage_blocks},
     )
+
+
+def schedules_of(plans: PlanArrays) -> Ints:
+    """Codes of the schedules that plans have, each once."""
+    return plans.schedule if len(plans) == 1 else np.unique(plans.schedule)

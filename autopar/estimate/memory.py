@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from autopar.estimate.arrays import SCHEDULE_CODES, PlanArrays
+from autopar.estimate.arrays import SCHEDULE_CODES, PlanArrays, schedules_of
 from autopar.estimate.dataparallel import weight_groups
 from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
@@ -151,7 +151,7 @@ def _boundary_working(plans: PlanArrays, boundary: Floats) -> Floats:
 def _in_flight(plans: PlanArrays, work: RankWork, m: Floats) -> Floats:
     ranks = np.arange(work.parameters.shape[1])[None, :]
     flight = np.empty_like(work.parameters)
-    for code in np.unique(plans.schedule):
+    for code in schedules_of(plans):
         hit = plans.schedule == code
         name = SCHEDULE_CODES[int(code)].value
         flight[hit] = peak_in_flight(name, ranks, plans.pp[hit, None], m[hit], plans.vp[hit, None])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from autopar.estimate.arrays import SCHEDULE_CODES, PlanArrays
+from autopar.estimate.arrays import SCHEDULE_CODES, PlanArrays, schedules_of
 from autopar.estimate.dataparallel import copy_seconds, exposed_data_parallel, weight_groups
 from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
@@ -68,7 +68,7 @@ def closed_form_ends(plans: PlanArrays, work: RankWork, num_microbatches: Floats
     Later ranks end as many backwards sooner, but where gradients of weights are put off to the end.
     """
     end = np.empty(len(plans))
-    for code in np.unique(plans.schedule):
+    for code in schedules_of(plans):
         hit = plans.schedule == code
         name = SCHEDULE_CODES[int(code)]
         later = WEIGHT_SHARE if name in SPLIT_BACKWARD else 0.0
