@@ -89,6 +89,10 @@ FRAMEWORKS: tuple[tuple[str, int, int, str, str], ...] = (
 
 BEFORE_FSDP = ("megatron-2020", "megatron-2021", "megatron-2022", "megatron-deepspeed")
 
+LAYER_TRACES = r"ground_truth_single"
+"""File of vTrain's single-node runs: put together from traces of layers of its own model, whose embedding and head are
+not padded (src/config.py and gpt_modeling.py there give each rank 50257 // tp rows)."""
+
 COMPILED_LOSS_YEAR = 2025
 """First year of torchtitan's compiled loss."""
 
@@ -113,7 +117,7 @@ VARIANTS: tuple[tuple[str, str], ...] = (
     (r"bigscience|cuda_launch_blocking", "blocking-launches"),
     (r"simumax", "slow-products"),
     (r"deterministic-mode", "deterministic"),
-    (r"ground_truth_single|layer traces", "layer-traces"),
+    (r"layer traces", "layer-traces"),
 )  # fmt: skip
 
 
@@ -147,7 +151,7 @@ def read_stack(row: RunRow, engine: Engine, latent: bool = False) -> Read[str]:
 
     ``latent`` models of Megatron-Bridge are trained with narrow optimizer states, as its recipes for them say.
     """
-    words = row.words("source", "source_ref", "model_name", "framework", "dtype", "notes")
+    words = row.words("source", "model_name", "framework", "dtype", "notes")
     known = stack_variants(engine.stack)
     asked = [variant for pattern, variant in VARIANTS if has(words, pattern)]
     asked += _unsaid(row, engine, asked, latent)
@@ -182,6 +186,8 @@ def _usual_recipe(row: RunRow, words: str) -> list[str]:
 def _unsaid(row: RunRow, engine: Engine, asked: Sequence[str], latent: bool) -> list[str]:
     """Variants that follow from what a row leaves out: defaults of a command line, of a year, of recipes."""
     found = []
+    if has(row.words("source_ref"), LAYER_TRACES):
+        found.append("layer-traces")
     if engine.stack == "megatron-core" and has(row.words("notes"), "flags:") and "fused-loss" not in asked:
         found.append("unfused-loss")
     if engine.stack == "torchtitan" and (row.year or 0) in range(1, COMPILED_LOSS_YEAR) and "no-compile" not in asked:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from autopar.model.presets import load_preset, preset_names
 from autopar.model.spec import Latent, ModelSpec, Norm, Position
-from autopar.runs.engines import Engine
+from autopar.runs.engines import LAYER_TRACES, Engine
 from autopar.runs.reading import CannotRead, Read, find_int, has
 from autopar.runs.rows import RunRow
 
@@ -41,8 +41,6 @@ BEYOND: tuple[tuple[str, str], ...] = (
 )
 
 GPT_VOCAB = 50257  # of GPT-2, which GPT-like runs use
-# Of vTrain, single-node runs of its own model: src/config.py and gpt_modeling.py there give each rank 50257 // tp rows.
-UNPADDED = r"ground_truth_single"
 GPT_LIKE = ("gpt2", "gpt3", "megatron")
 DENSE_DROPOUT = ("gpt", "bert", "megatron", "bloom", "mt-nlg")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)-?([bmt])(?![a-z])")
@@ -142,7 +140,7 @@ def _complete(
     heads = number(row.n_heads, lambda m: m.num_heads, "number of heads")
     gated = row.gated_mlp if row.gated_mlp is not None else bool(family and family.template.gated_mlp)
     gpt = family is None or family.stem in GPT_LIKE
-    padded = _cut if has(row.words("source_ref"), UNPADDED) else _padded
+    padded = _cut if has(row.words("source_ref"), LAYER_TRACES) else _padded
     vocab = padded(GPT_VOCAB, tp) if family is None or gpt else family.template.vocab_size
     kind = _kind(notes, gated, family)
     head_size = known.head_size if known else (family.head_size if family else None) or 0
