@@ -3,7 +3,8 @@
 The slug ``tp8.pp4.vp2.cp1.dp2.z1.mb1.ac-selective`` names a plan and is parsed back. Parts that differ from the
 usual follow it: ``ep8`` and ``etp2`` (expert parallel, after ``cp``), ``ac-selective+mlp+layernorm`` (what is
 recomputed), ``ac-full5`` (in the first 5 blocks of each virtual stage), ``sp`` (sequence parallel), ``rep2`` (replicas
-around sharded groups), ``sched-gpipe``, and ``split-7-8-8-7`` (blocks per virtual stage, where they are not even).
+around sharded groups), ``sched-gpipe``, ``split-7-8x6-7`` (blocks per virtual stage, where they are not even),
+``offload`` (optimizer state in host memory) and ``order-tp-pp-cp-dp`` (of the axes on the machine, fastest first).
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import groupby
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from autopar.errors import PlanError, nearest
 from autopar.graph import RECOMPUTE_MODULES, OpGraph
-from autopar.layout import Layout
+from autopar.layout import USUAL_ORDER, Layout
 from autopar.model.spec import ModelSpec
 from autopar.workload import Workload
 from costmodels.records import read_record, write_record
@@ -78,6 +80,7 @@ class Plan:
             empty means attention without its products (``core_attn``). Kept in that order, without repetition, and
             without ``moe_act`` beside ``moe``, which covers it.
         recompute_layers: first blocks of every virtual stage that full recomputation covers; 0 means all.
+        offload_optimizer: optimizer state lies in host memory, where the processor updates it.
     """
 
     layout: Layout
@@ -89,6 +92,7 @@ class Plan:
     stage_blocks: tuple[int, ...] = ()
     recompute_modules: tuple[str, ...] = ()
     recompute_layers: int = 0
+    offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
         if self.microbatch_size < 1:
@@ -107,8 +111,11 @@ class Plan:
             raise PlanError(
                 f"plan: stage_blocks has {len(self.stage_blocks)} entries for pp*vp={self.num_stages} stages"
             )
-        if any(blocks < 1 for blocks in self.stage_blocks):
-            raise PlanError(f"plan: stage_blocks {self.stage_blocks} leaves a stage without blocks")
+        if any(blocks < 0 for blocks in self.stage_blocks) or 0 in self.stage_blocks[1:-1]:
+            raise PlanError(
+                f"plan: stage_blocks {self.stage_blocks} leaves a stage without work: only the first stage, which has "
+                "the embedding, and the last, which has the head, can do without blocks"
+            )
         self._check_recompute()
 
     def _check_recompute(self) -> None:
@@ -155,7 +162,11 @@ class Plan:
         if self.schedule is not default_schedule(layout.vp):
             parts.append(f"sched-{self.schedule}")
         if self.stage_blocks:
-            parts.append("split-" + "-".join(map(str, self.stage_blocks)))
+            parts.append("split-" + _split_text(self.stage_blocks))
+        if self.offload_optimizer:
+            parts.append("offload")
+        if layout.order != USUAL_ORDER:
+            parts.append(f"order-{layout.order}")
         return ".".join(parts)
 
     def num_microbatches(self, workload: Workload) -> int:
@@ -167,9 +178,20 @@ class Plan:
         return self.stage_blocks or even_split(num_blocks, self.num_stages)
 
 
+def _split_text(blocks: tuple[int, ...]) -> str:
+    """Blocks per stage; three or more equal neighbours as ``8x6``."""
+    runs = [(number, len(list(alike))) for number, alike in groupby(blocks)]
+    return "-".join(f"{number}x{times}" if times > 2 else "-".join([str(number)] * times) for number, times in runs)
+
+
 def default_schedule(vp: int) -> ScheduleName:
     """The schedule that a slug without ``sched-`` means."""
     return ScheduleName.INTERLEAVED if vp > 1 else ScheduleName.ONE_F_ONE_B
+
+
+def fewest_microbatches(schedule: ScheduleName, pp: int) -> int:
+    """Microbatches without which a schedule does not start: Megatron interleaves p or more, DualPipeV fills with 2p."""
+    return {ScheduleName.INTERLEAVED: pp, ScheduleName.DUALPIPE_V: 2 * pp}.get(schedule, 1) if pp > 1 else 1
 
 
 def even_split(num_blocks: int, num_stages: int) -> tuple[int, ...]:
@@ -179,7 +201,7 @@ def even_split(num_blocks: int, num_stages: int) -> tuple[int, ...]:
 
 
 _PART = re.compile(
-    r"(?P<key>tp|pp|vp|cp|ep|etp|dp|z|mb|rep)(?P<number>\d+)|(?P<word>ac|sched|split)-(?P<value>[\w+-]+)|(?P<flag>sp)"
+    r"(?P<key>tp|pp|vp|cp|ep|etp|dp|z|mb|rep)(?P<number>\d+)|(?P<word>ac|sched|split|order)-(?P<value>[\w+-]+)|(?P<flag>sp|offload)"
 )
 
 
@@ -211,13 +233,14 @@ def parse_slug(slug: str) -> Plan:
         layout=Layout(
             tp=numbers.get("tp", 1), cp=numbers.get("cp", 1), pp=numbers.get("pp", 1), vp=vp,
             dp_replicate=replicate, dp_shard=dp // replicate if replicate else 0,
-            ep=numbers.get("ep", 1), etp=numbers.get("etp", 1),
+            ep=numbers.get("ep", 1), etp=numbers.get("etp", 1), order=words.get("order", USUAL_ORDER),
         ),
         microbatch_size=numbers["mb"],
         zero_stage=zero,
         sequence_parallel="sp" in words,
         schedule=_member(ScheduleName, words.get("sched", default_schedule(vp).value), slug),
         stage_blocks=_parse_split(words["split"], slug) if "split" in words else (),
+        offload_optimizer="offload" in words,
         **_parse_recompute(words.get("ac", "none"), slug),
     )  # fmt: skip
 
@@ -246,9 +269,10 @@ def _parse_recompute(text: str, slug: str) -> _RecomputeFields:
 
 
 def _parse_split(text: str, slug: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(-\d+)*", text):
-        raise PlanError(f"plan '{slug}': split-{text} is not a list of blocks such as split-7-8-8-7")
-    return tuple(int(blocks) for blocks in text.split("-"))
+    if not re.fullmatch(r"\d+(x\d+)?(-\d+(x\d+)?)*", text):
+        raise PlanError(f"plan '{slug}': split-{text} is not a list of blocks such as split-7-8-8-7 or split-7-8x6-7")
+    runs = (run.partition("x") for run in text.split("-"))
+    return tuple(int(blocks) for blocks, _, times in runs for _ in range(int(times or 1)))
 
 
 def violations(plan: Plan, graph: OpGraph, workload: Workload, world_size: int) -> tuple[Rejected, ...]:
@@ -298,7 +322,7 @@ def violations(plan: Plan, graph: OpGraph, workload: Workload, world_size: int) 
                 "sequence", f"a sequence of {workload.seq_len} tokens does not divide into {degree} parts for {axis}",
                 seq_len=workload.seq_len, parts=degree,
             )  # fmt: skip
-    if plan.num_stages > graph.num_blocks:
+    if plan.num_stages > graph.num_blocks + plan.stage_blocks.count(0):
         reject(
             "stages", f"pp*vp={plan.num_stages} stages for {graph.num_blocks} blocks: use {graph.num_blocks} or fewer",
             stages=plan.num_stages, blocks=graph.num_blocks,
@@ -315,11 +339,11 @@ def violations(plan: Plan, graph: OpGraph, workload: Workload, world_size: int) 
             f"global batch of {workload.global_batch}",
             per_pass=per_pass, global_batch=workload.global_batch,
         )  # fmt: skip
-    elif plan.schedule is ScheduleName.INTERLEAVED and plan.num_microbatches(workload) % layout.pp:
+    elif plan.num_microbatches(workload) < (fewest := fewest_microbatches(plan.schedule, layout.pp)):
         reject(
-            "microbatches", f"the interleaved schedule takes a multiple of pp={layout.pp} microbatches, not "
-            f"{plan.num_microbatches(workload)}",
-            microbatches=plan.num_microbatches(workload), pp=layout.pp,
+            "microbatches", f"the {plan.schedule} schedule over pp={layout.pp} ranks takes at least {fewest} "
+            f"microbatches, not {plan.num_microbatches(workload)}",
+            microbatches=plan.num_microbatches(workload), fewest=fewest,
         )  # fmt: skip
     return tuple(found)
 

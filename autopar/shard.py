@@ -30,6 +30,7 @@ class Degrees:
         sp: whether sequence parallelism is on.
         microbatch: sequences per pass.
         ep, etp: degrees of experts.
+        tp_stride, cp_stride: distance in ranks between neighbours along tp and cp.
     """
 
     tp: Any
@@ -38,6 +39,8 @@ class Degrees:
     microbatch: Any
     ep: Any = 1
     etp: Any = 1
+    tp_stride: Any = 1
+    cp_stride: Any = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

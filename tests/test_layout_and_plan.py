@@ -212,7 +212,7 @@ def test_even_splits_lose_no_block(num_blocks: int, num_stages: int) -> None:
         ("dp4.mb3", 4, "batch", "does not divide the global batch of 16"),
         ("mb1.sp", 1, "sequence parallel", "tp=1"),
         ("cp3.mb1", 3, "sequence", "1024 tokens does not divide into 6"),
-        ("pp4.vp3.mb8", 4, "microbatches", "multiple of pp=4 microbatches, not 2"),
+        ("pp4.vp3.mb8", 4, "microbatches", "pp=4 ranks takes at least 4 microbatches, not 2"),
     ],
 )
 def test_violations_say_what_and_how_to_fix(slug: str, world: int, reason: str, fix: str) -> None:

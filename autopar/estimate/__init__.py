@@ -7,18 +7,17 @@ the closed form is exact (tests/estimate); where ranks share processors it is no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from autopar.estimate.arrays import RECOMPUTE_CODES, Ints, PlanArrays, to_arrays
+from autopar.estimate.arrays import RECOMPUTE_CODES, PlanArrays, distinct, to_arrays
 from autopar.estimate.memory import ITEMS, RankMemory, rank_memory
 from autopar.estimate.pieces import Floats, combinations, price, sections
 from autopar.estimate.result import Estimate
 from autopar.estimate.setting import Setting
-from autopar.estimate.stages import RankWork, rank_work, section_counts, stage_groups, with_overheads
+from autopar.estimate.stages import RankWork, place, rank_work, with_overheads
 from autopar.estimate.step import (
     TERMS,
     PipelineEnds,
@@ -57,14 +56,14 @@ class Costs:
 def estimate_many(setting: Setting, plans: PlanArrays) -> Costs:
     """Price arrays of plans that have no violations (see ``plan.violations``)."""
     count = len(plans)
-    terms = {name: np.zeros(count) for name in TERMS}
-    items = {name: np.zeros(count) for name in ITEMS}
-    for indices, found, held in _evaluate(setting, plans):
-        fullest = np.argmax(held.total, axis=1)[:, None]
-        for name in TERMS:
-            terms[name][indices] = found[name]
-        for name in ITEMS:
-            items[name][indices] = np.take_along_axis(getattr(held, name), fullest, axis=1)[:, 0]
+    if not count:
+        return Costs(
+            step_s=np.zeros(0), terms={name: np.zeros(0) for name in TERMS}, memory_bytes=np.zeros(0),
+            memory={name: np.zeros(0) for name in ITEMS},
+        )  # fmt: skip
+    terms, held = _evaluate(setting, plans, every_rank=False)
+    fullest = np.argmax(held.total, axis=1)
+    items = {name: getattr(held, name)[np.arange(count), fullest] for name in ITEMS}
     return Costs(
         step_s=sum(terms.values(), np.zeros(count)),
         terms=terms,
@@ -73,9 +72,16 @@ def estimate_many(setting: Setting, plans: PlanArrays) -> Costs:
     )
 
 
-def _evaluate(setting: Setting, plans: PlanArrays) -> Iterator[tuple[Ints, dict[str, Floats], RankMemory]]:
-    """Terms [plans] and memory [plans, ranks] for each group of plans that divides the blocks alike."""
-    graph = setting.graph
+def _evaluate(
+    setting: Setting, plans: PlanArrays, *, every_rank: bool
+) -> tuple[dict[str, Floats], RankMemory]:
+    """Terms [plans] and memory [plans, ranks].
+
+    Plans whose passes are equal share them, and those whose pipelines are equal share the ends of these.
+    """
+    graph, stack = setting.graph, setting.stack
+    every_rank = every_rank or stack.pipeline.serial_stages or bool(setting.cluster.sharing)
+    by_sharding = any(name.startswith("fsdp.") for name in stack.overheads)
     parts = sections(graph)
     degrees, rows = combinations(plans)
     selective = bool((plans.recompute == RECOMPUTE_CODES.index(Recompute.SELECTIVE)).any())
@@ -83,34 +89,41 @@ def _evaluate(setting: Setting, plans: PlanArrays) -> Iterator[tuple[Ints, dict[
     boundary = np.asarray(boundary_bytes(graph, degrees, setting.stack))
     is_block = np.asarray([part.is_block(graph) for part in parts])
     is_end = np.asarray([part.is_end(graph) for part in parts])
-    for (pp, vp, v_shaped, blocks), indices in stage_groups(plans):
-        group = plans.select(indices)
-        counts = section_counts(parts, graph.num_blocks, pp, vp, blocks, setting.stack, v_shaped=v_shaped)
-        work = rank_work(prices, rows[indices], counts, is_block, is_end, group, setting.stack)
-        work = with_overheads(work, group, setting.stack)
-        m = np.asarray(setting.workload.global_batch / (group.dp * group.microbatch))
-        edge = boundary[rows[indices]]
-        transfer = transfer_seconds(setting, group, edge)
-        ends = _pipeline_ends(setting, group, work, m, transfer)
-        yield indices, step_terms(setting, group, work, m, transfer, ends), rank_memory(setting, group, work, m, edge)
+    where = place(parts, graph.num_blocks, plans, stack, every_rank=every_rank)
+    sharded = (plans.zero >= 2) & (plans.shards > 1) & by_sharding
+    first, pass_of = distinct(
+        rows, where.shape, plans.recompute, plans.modules, plans.recompute_layers, sharded
+    )
+    passes = plans.select(first)
+    work = rank_work(prices, rows[first], where.take(first), is_block, is_end, passes, stack)
+    work = with_overheads(work, passes, stack)
+    m, edge = setting.workload.global_batch / (plans.dp * plans.microbatch), boundary[rows]
+    first, pipeline_of = distinct(pass_of, plans.schedule, plans.dp, plans.stride("pp"))
+    pipelines = plans.select(first)
+    transfer = transfer_seconds(setting, pipelines, edge[first])
+    ends = _pipeline_ends(setting, pipelines, work.take(pass_of[first]), m[first], transfer)
+    work, ends, transfer = work.take(pass_of), ends.take(pipeline_of), transfer[pipeline_of]
+    return step_terms(setting, plans, work, m, transfer, ends), rank_memory(setting, plans, work, m, edge)
 
 
 def _pipeline_ends(setting: Setting, plans: PlanArrays, work: RankWork, m: Floats, transfer: Floats) -> PipelineEnds:
     alone = closed_form_ends(plans, work, m, transfer)
     if not setting.cluster.sharing:
         return alone
-    if work.parameters.shape[1] == 1:
-        slower = setting.cluster.slowdown(active_ranks(setting, plans)) - 1.0
-        sharing = m[:, None] * slower * (work.forward + work.backward + work.recompute)
-        return PipelineEnds(ends=alone.ends + sharing, sharing=sharing)
-    ends = np.asarray([[rank[-1].end for rank in timeline(setting, plans.plan(i)).ranks] for i in range(len(plans))])
-    return PipelineEnds(ends=ends, sharing=np.maximum(ends - alone.ends, 0.0))
+    slower = setting.cluster.slowdown(active_ranks(setting, plans)) - 1.0
+    sharing = m[:, None] * slower * (work.forward + work.backward + work.recompute)
+    ends = alone.ends + sharing
+    for i in np.flatnonzero(plans.pp > 1):
+        simulated = np.asarray([rank[-1].end for rank in timeline(setting, plans.plan(i)).ranks])
+        ends[i] = simulated[work.ranks[i]]
+        sharing[i] = np.maximum(ends[i] - alone.ends[i], 0.0)
+    return PipelineEnds(ends=ends, sharing=sharing)
 
 
 def estimate(setting: Setting, plan: Plan) -> Estimate:
     """Predict one plan. Raises PlanError if it violates the model, the workload or the cluster's size."""
     check_plan(plan, setting.graph, setting.workload, setting.cluster.world_size)
-    [(_, found, held)] = list(_evaluate(setting, to_arrays([plan])))
+    found, held = _evaluate(setting, to_arrays([plan]), every_rank=True)
     breakdown = {name: float(found[name][0]) for name in TERMS}
     step_s = float(sum((found[name] for name in TERMS), np.zeros(1))[0])
     fullest = int(np.argmax(held.total[0]))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.graph import RECOMPUTE_MODULES
-from autopar.layout import Layout
+from autopar.layout import ORDERS, Layout
 from autopar.plan import Plan, Recompute, ScheduleName
 
 Ints = NDArray[np.int64]
@@ -17,6 +18,7 @@ Bools = NDArray[np.bool_]
 
 RECOMPUTE_CODES = tuple(Recompute)
 SCHEDULE_CODES = tuple(ScheduleName)
+ORDER_CODES = tuple(ORDERS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +26,12 @@ class PlanArrays:
     """Equally long arrays, one entry a plan; names as in Layout and Plan.
 
     Attributes:
-        recompute, schedule: index RECOMPUTE_CODES and SCHEDULE_CODES.
+        recompute, schedule, order: index RECOMPUTE_CODES, SCHEDULE_CODES and ORDER_CODES.
         modules: what selective recomputation covers, a bit for each of RECOMPUTE_MODULES.
         recompute_layers: of every virtual stage that full recomputation covers; 0 means all.
-        stage_blocks: blocks per virtual stage where they are given by hand, by index of the plan.
+        offload: optimizer state in host memory.
+        split: blocks per virtual stage, an index of ``splits``; 0 means as the engine divides them.
+        splits: divisions by hand, the first of them empty.
     """
 
     tp: Ints
@@ -43,9 +47,12 @@ class PlanArrays:
     schedule: Ints
     ep: Ints
     etp: Ints
+    order: Ints
     modules: Ints
     recompute_layers: Ints
-    stage_blocks: dict[int, tuple[int, ...]]
+    offload: Bools
+    split: Ints
+    splits: tuple[tuple[int, ...], ...] = ((),)
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -80,28 +87,32 @@ class PlanArrays:
         """Ranks of each plan."""
         return self.tp * self.cp * self.pp * self.dp
 
+    def stride(self, axis: str) -> Ints:
+        """Distance in ranks between neighbours along ``tp``, ``cp``, ``pp`` or ``data`` (ranks with equal weights)."""
+        degrees = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "data": self.cp * self.dp, "dp_shard": self.dp_shard}
+        found = np.ones_like(self.tp)
+        for inner, where in _INSIDE[axis].items():
+            found = found * np.where(where[self.order], degrees[inner], 1) if where.any() else found
+        return found
+
     def select(self, keep: NDArray[np.bool_] | Ints) -> PlanArrays:
         """The plans under a mask or at indices."""
         indices = np.flatnonzero(keep) if keep.dtype == np.bool_ else keep
-        fields = {
-            name: getattr(self, name)[indices] for name in PlanArrays.__dataclass_fields__ if name != "stage_blocks"
-        }
-        chosen = {new: self.stage_blocks[old] for new, old in enumerate(indices.tolist()) if old in self.stage_blocks}
-        return PlanArrays(**fields, stage_blocks=chosen)
+        return PlanArrays(**{name: getattr(self, name)[indices] for name in COLUMNS}, splits=self.splits)
 
     def plan(self, index: int) -> Plan:
         """One entry as a Plan."""
-        vp = int(self.vp[index])
         return Plan(
             layout=Layout(
                 tp=int(self.tp[index]),
                 cp=int(self.cp[index]),
                 pp=int(self.pp[index]),
-                vp=vp,
+                vp=int(self.vp[index]),
                 dp_replicate=int(self.dp_replicate[index]),
                 dp_shard=int(self.dp_shard[index]),
                 ep=int(self.ep[index]),
                 etp=int(self.etp[index]),
+                order=ORDER_CODES[int(self.order[index])],
             ),
             microbatch_size=int(self.microbatch[index]),
             zero_stage=int(self.zero[index]),
@@ -110,8 +121,40 @@ class PlanArrays:
             recompute=RECOMPUTE_CODES[int(self.recompute[index])],
             recompute_modules=modules_of(int(self.modules[index])),
             recompute_layers=int(self.recompute_layers[index]),
-            stage_blocks=self.stage_blocks.get(index, ()),
+            stage_blocks=self.splits[int(self.split[index])],
+            offload_optimizer=bool(self.offload[index]),
         )
+
+
+COLUMNS = tuple(name for name in PlanArrays.__dataclass_fields__ if name != "splits")
+
+
+def _inside(axis: str) -> dict[str, Bools]:
+    """For every order, which degrees lie between neighbours along ``axis``; ``data`` is cp and dp as one."""
+    found = {}
+    for inner in ("tp", "pp", "data"):
+        if inner == axis or (axis == "cp" and inner == "data"):
+            continue
+        places = {name: name.replace("cp-dp", "data").replace("dp-cp", "data").split("-") for name in ORDER_CODES}
+        outer = "data" if axis == "cp" else axis
+        found[inner] = np.asarray([places[name].index(inner) < places[name].index(outer) for name in ORDER_CODES])
+    if axis == "cp":
+        found["dp_shard"] = np.asarray(["dp-cp" in name for name in ORDER_CODES])
+    return found
+
+
+_INSIDE = {axis: _inside(axis) for axis in ("tp", "cp", "pp", "data")}
+
+
+def distinct(*columns: NDArray[Any]) -> tuple[Ints, Ints]:
+    """Of equally long columns of whole numbers from 0: an index of each distinct row, and each row's index of these."""
+    if len(columns[0]) == 1:
+        return np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    key = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        key = key * (int(column.max(initial=0)) + 1) + column
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    return first, inverse.reshape(-1)
 
 
 def modules_mask(modules: Sequence[str]) -> int:
@@ -130,6 +173,8 @@ def to_arrays(plans: Sequence[Plan]) -> PlanArrays:
     def ints(values: Sequence[int]) -> Ints:
         return np.asarray(values, dtype=np.int64)
 
+    splits = tuple(dict.fromkeys(((), *(plan.stage_blocks for plan in plans))))
+    index = {split: code for code, split in enumerate(splits)}
     return PlanArrays(
         tp=ints([plan.layout.tp for plan in plans]),
         cp=ints([plan.layout.cp for plan in plans]),
@@ -146,7 +191,10 @@ def to_arrays(plans: Sequence[Plan]) -> PlanArrays:
         etp=ints([plan.layout.etp for plan in plans]),
         modules=ints([modules_mask(plan.recomputed_modules) for plan in plans]),
         recompute_layers=ints([plan.recompute_layers for plan in plans]),
-        stage_blocks={i: plan.stage_blocks for i, plan in enumerate(plans) if plan.stage_blocks},
+        order=ints([ORDER_CODES.index(plan.layout.order) for plan in plans]),
+        offload=np.asarray([plan.offload_optimizer for plan in plans], dtype=np.bool_),
+        split=ints([index[plan.stage_blocks] for plan in plans]),
+        splits=splits,
     )
 
 

@@ -40,7 +40,7 @@ def weight_groups(plans: PlanArrays, work: RankWork) -> tuple[WeightGroup, ...]:
     column = (slice(None), None)
     shards, replicas = plans.shards[column], plans.replicas[column]
     dense = WeightGroup(
-        parameters=work.parameters - work.experts, shards=shards, replicas=replicas, stride=plans.tp[column]
+        parameters=work.parameters - work.experts, shards=shards, replicas=replicas, stride=plans.stride("data")[column]
     )
     if not work.experts.any():
         return (dense,)
@@ -83,9 +83,10 @@ def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, n
     if stack.pipeline.serial_stages:
         # Every stage gathers before its first forward, for which the next stage waits.
         share = exposed / np.maximum(communication, 1e-30)
-        exposed = exposed + np.cumsum(share * gathered, axis=1)[:, -1:] - share * gathered
+        real = np.arange(exposed.shape[1]) < plans.pp[:, None]
+        exposed = exposed + np.cumsum(share * gathered * real, axis=1)[:, -1:] - share * gathered
         # A stage reduces within its last backward, for which the stage before waits.
-        replicated = np.cumsum(replicated[:, ::-1], axis=1)[:, ::-1]
+        replicated = np.cumsum((replicated * real)[:, ::-1], axis=1)[:, ::-1]
     return np.asarray(np.where(zero == 0, replicated, exposed))
 
 

@@ -94,7 +94,7 @@ def rank_memory(
     at_end = whole + late + gradient_of_largest + waiting
     first = at_start >= at_end
     buffers = buckets + shard_beside + _gathered_bytes(setting, plans, work) + np.where(first, 0.0, waiting)
-    buffers = buffers + _pipeline_bytes(setting, plans, flight, m, boundary)
+    buffers = buffers + _pipeline_bytes(setting, plans, work, flight, m, boundary)
     buffers = buffers + stack.memory.workspace_bytes + stack.memory.vocab_bytes * work.vocabulary
     used_gradients = np.where(first & ~early, 0.0, whole)
     activations = np.where(first, full, late)
@@ -149,12 +149,12 @@ def _boundary_working(plans: PlanArrays, boundary: Floats) -> Floats:
 
 
 def _in_flight(plans: PlanArrays, work: RankWork, m: Floats) -> Floats:
-    ranks = np.arange(work.parameters.shape[1])[None, :]
+    ranks = work.ranks
     flight = np.empty_like(work.parameters)
     for code in schedules_of(plans):
         hit = plans.schedule == code
         name = SCHEDULE_CODES[int(code)].value
-        flight[hit] = peak_in_flight(name, ranks, plans.pp[hit, None], m[hit], plans.vp[hit, None])
+        flight[hit] = peak_in_flight(name, ranks[hit], plans.pp[hit, None], m[hit], plans.vp[hit, None])
     return flight
 
 
@@ -164,12 +164,14 @@ def _gathered_bytes(setting: Setting, plans: PlanArrays, work: RankWork) -> Floa
     return np.where((plans.shards[:, None] > 1) & (plans.zero[:, None] == 3), block, 0.0)
 
 
-def _pipeline_bytes(setting: Setting, plans: PlanArrays, flight: Floats, m: Floats, boundary: Floats) -> Floats:
+def _pipeline_bytes(
+    setting: Setting, plans: PlanArrays, work: RankWork, flight: Floats, m: Floats, boundary: Floats
+) -> Floats:
     """Receive buffers, one per microbatch, virtual stage and neighbour, and results in flight, which no stage keeps.
 
     The first stage receives only gradients, the last only activations.
     """
-    ranks = np.arange(flight.shape[1])[None, :]
+    ranks = work.ranks
     pp, vp = plans.pp[:, None], plans.vp[:, None]
     first, last = ranks == 0, ranks == pp - 1
     received = m * (2 * vp - first - last)

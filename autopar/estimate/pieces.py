@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.estimate.arrays import Ints, PlanArrays
+from autopar.estimate.arrays import Ints, PlanArrays, distinct
 from autopar.estimate.exchange import collective_calls_seconds, dispatch_seconds, merged
 from autopar.estimate.kept import (
     PRODUCTS,
@@ -188,15 +188,13 @@ def _signature(op: Op) -> tuple[Any, ...]:
 
 
 def combinations(plans: PlanArrays) -> tuple[Degrees, Ints]:
-    """Distinct (tp, cp, sp, microbatch, ep, etp) and, for every plan, the index of its own."""
-    columns = np.stack([plans.tp, plans.cp, plans.sp.astype(np.int64), plans.microbatch, plans.ep, plans.etp], axis=1)
-    if len(columns) == 1:
-        distinct, inverse = columns, np.zeros(1, dtype=np.int64)
-    else:
-        distinct, inverse = np.unique(columns, axis=0, return_inverse=True)
-    tp, cp, sp, microbatch, ep, etp = distinct.T
-    degrees = Degrees(tp=tp, cp=cp, sp=sp.astype(np.bool_), microbatch=microbatch, ep=ep, etp=etp)
-    return degrees, inverse.reshape(-1)
+    """Distinct (tp, cp, sp, microbatch, ep, etp) with strides and, for every plan, the index of its own."""
+    columns = {
+        "tp": plans.tp, "cp": plans.cp, "sp": plans.sp, "microbatch": plans.microbatch, "ep": plans.ep,
+        "etp": plans.etp, "tp_stride": plans.stride("tp"), "cp_stride": plans.stride("cp"),
+    }  # fmt: skip
+    first, inverse = distinct(*columns.values())
+    return Degrees(**{name: column[first] for name, column in columns.items()}), inverse
 
 
 def price(setting: Setting, degrees: Degrees, parts: Sequence[Section], *, by_module: bool = True) -> Prices:
@@ -287,13 +285,13 @@ def _price_communication(row: dict[str, Any], setting: Setting, degrees: Degrees
     graph, stack = setting.graph, setting.stack
     if np.any(np.asarray(degrees.tp) > 1):
         for collective in merged(tensor_collectives(part.ops, graph, degrees, stack)):
-            seconds = collective_calls_seconds(setting, collective, degrees.tp, 1)
+            seconds = collective_calls_seconds(setting, collective, degrees.tp, degrees.tp_stride)
             row[f"tensor_{collective.phase}"] += seconds * stack.tensor.exposed
             if collective.phase == "forward":
                 row["calls"] += collective.count * stack.host.calls.get("collective", 0.0)
     if np.any(np.asarray(degrees.cp) > 1):
         for collective in context_collectives(part.ops, graph, degrees):
-            seconds = collective_calls_seconds(setting, collective, degrees.cp, degrees.tp)
+            seconds = collective_calls_seconds(setting, collective, degrees.cp, degrees.cp_stride)
             row[f"context_{collective.phase}"] += seconds * stack.context.exposed
     if np.any(np.asarray(degrees.ep) * np.asarray(degrees.etp) > 1):
         for collective in expert_collectives(part.ops, graph, degrees):

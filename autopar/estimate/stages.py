@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.estimate.arrays import RECOMPUTE_CODES, SCHEDULE_CODES, Ints, PlanArrays, modules_mask
+from autopar.estimate.arrays import RECOMPUTE_CODES, SCHEDULE_CODES, Ints, PlanArrays, distinct, modules_mask
 from autopar.estimate.pieces import BY_MODULE, Floats, Prices, Section
 from autopar.plan import DEFAULT_MODULES, V_SCHEDULES, Recompute, even_split
 from costmodels.stack import Stack
@@ -19,6 +19,7 @@ from costmodels.stack import Stack
 class RankWork:
     """What each pipeline rank does per microbatch (all its virtual stages), arrays [plans, ranks].
 
+    Which ranks these are, ``place`` says.
     Seconds of compute and of communication in forward and backward, recomputation apart; ``stall`` are the seconds
     that the device waits for launches; bytes kept per microbatch by the plan's recompute setting, among them
     ``kept_loss`` by the loss and ``kept_end`` by all that comes after the last block; temporary bytes in blocks and in
@@ -51,6 +52,17 @@ class RankWork:
     largest: Floats
     num_parameters: Floats
     num_groups: Floats
+    place: Placement
+
+    def take(self, rows: Ints) -> RankWork:
+        """The same for plans whose work is that of these rows."""
+        columns = {f.name: getattr(self, f.name)[rows] for f in dataclasses.fields(self) if f.name != "place"}
+        return RankWork(**columns, place=self.place.take(rows))
+
+    @property
+    def ranks(self) -> Ints:
+        """Number of the pipeline rank of each column, [plans, ranks]."""
+        return self.place.ranks[self.place.shape]
 
     @property
     def pass_seconds(self) -> Floats:
@@ -69,29 +81,65 @@ class RankWork:
         return self.backward + self.recompute + self.backward_communication + self.stall * (2 / 3)
 
 
-StageKey = tuple[int, int, bool, tuple[int, ...]]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where the pieces of the model lie, for every distinct way of dividing them over pipeline ranks.
+
+    Attributes:
+        shape: [plans] which way each plan has.
+        counts: [shapes, ranks, sections] pieces of each section that a rank holds.
+        ranks: [shapes, ranks] ranks that are told apart; shapes with fewer repeat their last.
+        like: [shapes, pipeline ranks] column of a rank that holds the same as each rank of the pipeline.
+    """
+
+    shape: Ints
+    counts: Floats
+    ranks: Ints
+    like: Ints
+
+    def take(self, rows: Ints) -> Placement:
+        """The same for some plans."""
+        return Placement(shape=self.shape[rows], counts=self.counts, ranks=self.ranks, like=self.like)
 
 
-def stage_groups(plans: PlanArrays) -> list[tuple[StageKey, Ints]]:
-    """Plans that divide the blocks alike: (pp, vp, V-shaped, stage_blocks by hand) and their indices."""
+def placement(counts: Sequence[Floats], shape: Ints, *, every_rank: bool) -> Placement:
+    """Of ``counts`` [ranks, sections] of each shape, every rank or those that tell all others."""
+    columns = [(range(len(c)), np.arange(len(c))) if every_rank else telling_ranks(c) for c in counts]
+    width = max(len(ranks) for ranks, _ in columns)
+    deepest = max(len(c) for c in counts)
+    ranks = np.asarray([[*told, *[told[-1]] * (width - len(told))] for told, _ in columns])
+    like = np.asarray([[*first, *[first[-1]] * (deepest - len(first))] for _, first in columns])
+    held = np.stack([c[told] for c, told in zip(counts, ranks, strict=True)])
+    return Placement(shape=shape, counts=held, ranks=ranks, like=like)
+
+
+def telling_ranks(counts: Floats) -> tuple[Ints, Ints]:
+    """Ranks that tell all others: the first and the last of neighbours that hold the same; and whom each is like.
+
+    ``counts`` are [ranks, sections]. Among ranks that hold the same, all that depends on the place in the pipeline
+    (microbatches in flight, the end of the passes) goes one way, so that its extremes are at these; the pipeline's
+    first and last rank are always among them.
+    """
+    last = len(counts) - 1
+    changes = np.flatnonzero((counts[1:] != counts[:-1]).any(axis=1)) + 1
+    starts = np.unique(np.asarray([0, last, min(1, last), *changes.tolist()]))
+    ranks = np.unique(np.concatenate([starts, starts[1:] - 1, [last]]))
+    first_of = starts[np.searchsorted(starts, np.arange(last + 1), side="right") - 1]
+    return ranks, np.searchsorted(ranks, first_of)
+
+
+def place(parts: Sequence[Section], num_blocks: int, plans: PlanArrays, stack: Stack, *, every_rank: bool) -> Placement:
+    """Divide the pieces of a model as plans say."""
     shaped = np.isin(plans.schedule, [SCHEDULE_CODES.index(name) for name in V_SCHEDULES])
-    groups: dict[StageKey, list[int]] = {}
-    if not plans.stage_blocks:
-        keys = np.stack([plans.pp, plans.vp, shaped.astype(np.int64)], axis=1)
-        distinct, inverse = (keys, np.zeros(1, dtype=np.int64)) if len(keys) == 1 else _distinct(keys)
-        return [
-            ((int(pp), int(vp), bool(v_shaped), ()), np.flatnonzero(inverse == i))
-            for i, (pp, vp, v_shaped) in enumerate(distinct)
-        ]
-    for i in range(len(plans)):
-        key = (int(plans.pp[i]), int(plans.vp[i]), bool(shaped[i]), plans.stage_blocks.get(i, ()))
-        groups.setdefault(key, []).append(i)
-    return [(key, np.asarray(indices)) for key, indices in groups.items()]
-
-
-def _distinct(keys: Ints) -> tuple[Ints, Ints]:
-    distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
-    return distinct, inverse.reshape(-1)
+    first, shape = distinct(plans.pp, plans.vp, shaped, plans.split)
+    counts = [
+        section_counts(
+            parts, num_blocks, int(plans.pp[i]), int(plans.vp[i]), plans.splits[int(plans.split[i])], stack,
+            v_shaped=bool(shaped[i]),
+        )
+        for i in first.tolist()
+    ]  # fmt: skip
+    return placement(counts, shape, every_rank=every_rank)
 
 
 def engine_split(num_blocks: int, num_stages: int, stack: Stack) -> tuple[int, ...]:
@@ -126,20 +174,37 @@ def section_counts(
     return counts
 
 
+def telling_ranks(counts: Floats) -> tuple[Ints, Ints]:
+    """Ranks that tell all others: the first and the last of neighbours that hold the same; and whom each is like.
+
+    ``counts`` are [ranks, sections]. Among ranks that hold the same, all that depends on the place in the pipeline
+    (microbatches in flight, the end of the passes) goes one way, so that its extremes are at these; the pipeline's
+    first and last rank are always among them.
+    """
+    last = len(counts) - 1
+    changes = np.flatnonzero((counts[1:] != counts[:-1]).any(axis=1))
+    starts = np.unique(np.concatenate([[0, last], changes + 1, [1] if last > 1 else []]).astype(np.int64))
+    ends = np.unique(np.concatenate([starts[1:] - 1, [last]]))
+    ranks = np.unique(np.concatenate([starts, ends]))
+    first_of = starts[np.searchsorted(starts, np.arange(last + 1), side="right") - 1]
+    return ranks, np.searchsorted(ranks, first_of)
+
+
 def rank_work(
     prices: Prices,
     rows: Ints,
-    counts: Floats,
+    place: Placement,
     is_block: NDArray[np.bool_],
     is_end: NDArray[np.bool_],
     plans: PlanArrays,
     stack: Stack,
 ) -> RankWork:
-    """Add up pieces: ``rows`` are the plans' combinations, ``counts`` [ranks, sections] what each rank holds.
+    """Add up pieces: ``rows`` are the plans' combinations, ``place`` says what each rank holds.
 
     ``is_block`` and ``is_end`` [sections] say which are repeated blocks and which come after them.
     """
-
+    counts = place.counts[place.shape]
+    several = (place.ranks[place.shape].max(axis=1) > 0)[:, None]
     blocks_only = counts * is_block
     again = _again(prices, rows, blocks_only, plans)
     of = _totals({name: getattr(prices, name) for name in TOTALS}, rows, counts)
@@ -155,7 +220,7 @@ def rank_work(
             "largest": prices.largest,
         },
         rows,
-        counts > 0,
+        counts,
     )
     most["block_kept"] = np.where(again.full, most["block_kept"], 0.0)
     forward_communication = of["tensor_forward"] + of["context_forward"] + of["expert_forward"]
@@ -185,13 +250,12 @@ def rank_work(
         kept_loss=of["kept_loss"],
         kept_end=_totals({"kept": prices.kept}, rows, counts * is_end)["kept"],
         # A shared weight that lies on another pipeline rank than its owner is a second copy.
-        parameters=of["parameters"] + (of["shared"] if len(counts) > 1 else 0.0),
+        parameters=of["parameters"] + np.where(several, of["shared"], 0.0),
         experts=of["experts"],
         vocabulary=of["vocabulary"],
         num_parameters=of["num_parameters"],
-        num_groups=np.broadcast_to(
-            blocks_only.sum(axis=1) + ((counts - blocks_only).sum(axis=1) > 0), (len(rows), len(counts))
-        ),
+        num_groups=blocks_only.sum(axis=2) + ((counts - blocks_only).sum(axis=2) > 0),
+        place=place,
         **most,
     )
 
@@ -210,17 +274,20 @@ def _totals(quantities: Mapping[str, Floats], rows: Ints, held: Floats) -> dict[
     Section by section, since a matrix product's order of summation depends on the number of plans.
     """
     stacked = np.stack([quantity[rows] for quantity in quantities.values()])
-    found = np.zeros((len(quantities), len(rows), len(held)))
-    for section, number in enumerate(held.T):
+    found = np.zeros((len(quantities), *held.shape[:2]))
+    for section in range(held.shape[2]):
+        number = held[:, :, section]
         if number.any():
             found += stacked[:, :, section, None] * number
     return dict(zip(quantities, found, strict=True))
 
 
-def _largest(quantities: Mapping[str, Floats], rows: Ints, present: NDArray[np.bool_]) -> dict[str, Floats]:
+def _largest(quantities: Mapping[str, Floats], rows: Ints, held: Floats) -> dict[str, Floats]:
     """The largest of the sections that a rank has, [plans, ranks] each; quantities are [combinations, sections]."""
     stacked = np.stack([quantity[rows] for quantity in quantities.values()])
-    found = np.max(np.where(present, stacked[:, :, None, :], 0.0), axis=3)
+    found = np.zeros((len(quantities), *held.shape[:2]))
+    for section in range(held.shape[2]):
+        np.maximum(found, stacked[:, :, section, None] * (held[:, :, section] > 0), out=found)
     return dict(zip(quantities, found, strict=True))
 
 
@@ -240,12 +307,12 @@ class _Again:
 def _again(prices: Prices, rows: Ints, blocks: Floats, plans: PlanArrays) -> _Again:
     full = (plans.recompute == RECOMPUTE_CODES.index(Recompute.FULL))[:, None]
     selective = (plans.recompute == RECOMPUTE_CODES.index(Recompute.SELECTIVE))[:, None]
-    held = np.maximum(blocks.sum(axis=1), 1.0)[None, :]
+    held = np.maximum(blocks.sum(axis=2), 1.0)
     layers, vp = plans.recompute_layers[:, None], plans.vp[:, None]
     share = np.where(layers > 0, np.minimum(layers * vp / held, 1.0), 1.0)
     share = np.where(full, share, 0.0)
 
-    seconds, calls, freed, tensor, expert, context = np.zeros((6, len(rows), len(blocks)))
+    seconds, calls, freed, tensor, expert, context = np.zeros((6, *blocks.shape[:2]))
     if selective.any():
         chosen = np.where(plans.modules > 0, plans.modules, modules_mask(DEFAULT_MODULES))
         for module in range(prices.again.shape[2]):
@@ -300,9 +367,10 @@ def _stall_by_section(
     """
     device = prices.forward + prices.backward + prices.tensor_forward + prices.tensor_backward
     device = device + prices.context_forward + prices.context_backward + prices.expert_forward + prices.expert_backward
-    held = np.maximum((counts * is_block).sum(axis=1), 1.0)[None, :]
-    stall: Floats = np.zeros((len(rows), len(counts)))
-    for section, number in enumerate(counts.T):
+    held = np.maximum((counts * is_block).sum(axis=2), 1.0)
+    stall: Floats = np.zeros(counts.shape[:2])
+    for section in range(counts.shape[2]):
+        number = counts[:, :, section]
         share = is_block[section] / held
         busy = device[rows, section][:, None] + share * (again.seconds + again.communication)
         host = (3 * prices.calls[rows, section][:, None] + share * again.calls) * launch_seconds

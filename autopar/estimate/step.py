@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from autopar.estimate.arrays import SCHEDULE_CODES, PlanArrays, schedules_of
+from autopar.estimate.arrays import SCHEDULE_CODES, Ints, PlanArrays, distinct
 from autopar.estimate.dataparallel import copy_seconds, exposed_data_parallel, weight_groups
 from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
@@ -39,6 +39,10 @@ class PipelineEnds:
     ends: Floats
     sharing: Floats
 
+    def take(self, rows: Ints) -> PipelineEnds:
+        """The same for plans whose pipelines are those of these rows."""
+        return PipelineEnds(ends=self.ends[rows], sharing=self.sharing[rows])
+
 
 def transfer_seconds(setting: Setting, plans: PlanArrays, boundary: Floats) -> Floats:
     """One transfer of ``boundary`` bytes between pipeline neighbours, [plans].
@@ -47,7 +51,7 @@ def transfer_seconds(setting: Setting, plans: PlanArrays, boundary: Floats) -> F
     from each and gathers the parts inside the receiving group (Narayanan et al. 2021, section 4.1). Inside a node a
     send reaches a stack's ``node_share`` of the links.
     """
-    stride = plans.dp * plans.cp * plans.tp
+    stride = plans.stride("pp")
     algorithms, habits = setting.stack.algorithms, setting.stack.pipeline
     scatters = habits.scatters & (plans.tp > 1) & ~plans.sp
     part = boundary / np.where(scatters, plans.tp, 1)
@@ -56,7 +60,9 @@ def transfer_seconds(setting: Setting, plans: PlanArrays, boundary: Floats) -> F
         setting.cluster, "send", 2, stride, part / np.where(inside, habits.node_share, 1.0), algorithms
     )
     if habits.scatters:
-        gather = collective_seconds(setting.cluster, "all_gather", plans.tp, 1, boundary, algorithms)
+        gather = collective_seconds(
+            setting.cluster, "all_gather", plans.tp, plans.stride("tp"), boundary, algorithms
+        )
         seconds = seconds + np.where(scatters, gather, 0.0)
     seconds = seconds * np.where(plans.vp > 1, habits.interleaved_exposed, 1.0)
     return np.asarray(np.where(plans.pp > 1, seconds + setting.collective_wait, 0.0))
@@ -67,20 +73,25 @@ def closed_form_ends(plans: PlanArrays, work: RankWork, num_microbatches: Floats
 
     Later ranks end as many backwards sooner, but where gradients of weights are put off to the end.
     """
-    end = np.empty(len(plans))
-    for code in schedules_of(plans):
-        hit = plans.schedule == code
-        name = SCHEDULE_CODES[int(code)]
+    forwards, backwards, ranks = work.forward_seconds, work.backward_seconds, work.ranks
+    end, before = np.empty(len(plans)), np.empty(ranks.shape)
+    first, kind = distinct(plans.schedule, plans.pp)
+    for index, (code, pp) in enumerate(zip(plans.schedule[first], plans.pp[first].tolist(), strict=True)):
+        hit = np.flatnonzero(kind == index)
+        name, rows = SCHEDULE_CODES[int(code)], hit[:, None]
+        everyone = work.place.like[work.place.shape[hit], :pp]
         later = WEIGHT_SHARE if name in SPLIT_BACKWARD else 0.0
-        backward = work.backward_seconds[hit]
+        backward = backwards[rows, everyone]
         end[hit] = schedule_seconds(
-            name.value, work.forward_seconds[hit], backward * (1 - later), backward * later, num_microbatches[hit],
+            name.value, forwards[rows, everyone], backward * (1 - later), backward * later, num_microbatches[hit],
             plans.vp[hit], transfer[hit],
         )  # fmt: skip
-    sooner = (work.backward_seconds + transfer[:, None]) / plans.vp[:, None]
-    before = np.cumsum(sooner, axis=1) - sooner
-    splits = np.isin(plans.schedule, [SCHEDULE_CODES.index(name) for name in SPLIT_BACKWARD])
-    return PipelineEnds(ends=end[:, None] - np.where(splits[:, None], 0.0, before), sharing=np.zeros_like(before))
+        if name in SPLIT_BACKWARD:
+            before[hit] = 0.0
+        else:
+            sooner = (backward + transfer[rows]) / plans.vp[rows]
+            before[hit] = np.take_along_axis(np.cumsum(sooner, axis=1) - sooner, ranks[hit], axis=1)
+    return PipelineEnds(ends=end[:, None] - before, sharing=np.zeros_like(before))
 
 
 def step_terms(

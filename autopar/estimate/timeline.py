@@ -7,7 +7,7 @@ import numpy as np
 from autopar.estimate.arrays import PlanArrays, to_arrays
 from autopar.estimate.pieces import combinations, price, sections
 from autopar.estimate.setting import Setting
-from autopar.estimate.stages import rank_work, section_counts, with_overheads
+from autopar.estimate.stages import placement, rank_work, section_counts, with_overheads
 from autopar.estimate.step import transfer_seconds
 from autopar.plan import Plan
 from autopar.schedule.actions import Direction, build_schedule
@@ -21,9 +21,10 @@ def stage_durations(setting: Setting, plan: Plan) -> Durations:
     parts = sections(setting.graph)
     degrees, rows = combinations(plans)
     counts = section_counts(parts, setting.graph.num_blocks, plan.num_stages, 1, plan.stage_blocks, setting.stack)
+    where = placement([counts], np.zeros(1, dtype=np.int64), every_rank=True)
     is_block = np.asarray([part.is_block(setting.graph) for part in parts])
     is_end = np.asarray([part.is_end(setting.graph) for part in parts])
-    work = rank_work(price(setting, degrees, parts), rows, counts, is_block, is_end, plans, setting.stack)
+    work = rank_work(price(setting, degrees, parts), rows, where, is_block, is_end, plans, setting.stack)
     work = with_overheads(work, plans, setting.stack)
     durations = {}
     for stage in range(plan.num_stages):

@@ -81,7 +81,7 @@ def enumerate_plans(setting: Setting, space: Space | None = None) -> PlanArrays:
     return PlanArrays(
         tp=tp_, cp=cp_, pp=pp_, vp=vp_, dp_replicate=replicas_, dp_shard=shards_, microbatch=microbatch_, zero=zero_,
         sp=sp_.astype(np.bool_), recompute=again_, schedule=schedule, ep=ones, etp=ones, modules=0 * ones,
-        recompute_layers=0 * ones, stage_blocks={},
+        recompute_layers=0 * ones, order=0 * ones, split=0 * ones, offload=np.zeros(len(ones), dtype=np.bool_),
     )  # fmt: skip
 
 
@@ -140,6 +140,6 @@ def rule_out(setting: Setting, plans: PlanArrays, space: Space | None = None) ->
         "sequence": sequence,
         "stages": stages > graph.num_blocks,
         "batch": undivided,
-        "microbatches": (plans.vp > 1) & (m % plans.pp != 0) & ~undivided,
+        "microbatches": (plans.vp > 1) & (m < plans.pp) & ~undivided,
         "pipeline too empty": (plans.pp > 1) & (m < space.min_microbatches) & ~undivided,
     }
