@@ -20,7 +20,7 @@ from autopar.errors import PlanError
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("edp", "ep", "etp")
 USUAL_ORDER = "tp-cp-dp-pp"
-_DATA_ORDERS = {"cp-dp": ("dp_replicate", "dp_shard", "cp"), "dp-cp": ("dp_replicate", "cp", "dp_shard")}
+_DATA_ORDERS = {"cp-dp": ("dp_replicate", "dp_shard", "cp"), "dp-cp": ("cp", "dp_replicate", "dp_shard")}
 
 
 def _named_orders() -> dict[str, tuple[str, ...]]:
@@ -77,6 +77,11 @@ class Layout:
             )
         if self.order not in ORDERS:
             raise PlanError(f"layout: unknown order '{self.order}'; the orders are {', '.join(ORDERS)}")
+        if "dp-cp" in self.order and self.cp > 1 and self.dp_replicate > 1 and self.dp_shard > 1:
+            raise PlanError(
+                f"layout: order {self.order} puts replicas between the ranks that shard together over dp_shard and cp: "
+                "use an order with cp-dp"
+            )
         if self.ep * self.etp > 1 and not self.order.endswith("-pp"):
             raise PlanError(
                 f"layout: experts divide the ranks of a pipeline stage, which order {self.order} does not keep together:"

@@ -237,6 +237,29 @@ class MemoryHabits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Offers:
+    """Decisions that an engine leaves to its user: what a search may choose from. Words, never costs.
+
+    Attributes:
+        axes: of parallelism beside data parallelism: tp, cp, pp, ep.
+        schedules: of pipelines; none where pp is not among the axes.
+        selective: modules that selective recomputation may cover.
+        partial_recompute: full recomputation may cover the first blocks of every virtual stage alone.
+        uneven_ends: the first and the last virtual stage may have fewer blocks than the others, which have equally many.
+        offload: optimizer state may lie in host memory.
+        orders: of mesh axes on the machine, fastest first.
+    """
+
+    axes: tuple[str, ...] = ("tp", "cp", "pp", "ep")
+    schedules: tuple[str, ...] = ("1f1b", "interleaved")
+    selective: tuple[str, ...] = ("core_attn",)
+    partial_recompute: bool = False
+    uneven_ends: bool = False
+    offload: bool = False
+    orders: tuple[str, ...] = ("tp-cp-dp-pp",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
     """Traits of one engine.
 
@@ -258,6 +281,7 @@ class Stack:
     data: DataHabits = field(default_factory=DataHabits)
     pipeline: PipelineHabits = field(default_factory=PipelineHabits)
     memory: MemoryHabits = field(default_factory=MemoryHabits)
+    offers: Offers = field(default_factory=Offers)
     straggler: float = 0.0
     algorithms: Mapping[str, str] = field(default_factory=dict)
     overheads: Mapping[str, float] = field(default_factory=dict)

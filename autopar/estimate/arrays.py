@@ -89,11 +89,7 @@ class PlanArrays:
 
     def stride(self, axis: str) -> Ints:
         """Distance in ranks between neighbours along ``tp``, ``cp``, ``pp`` or ``data`` (ranks with equal weights)."""
-        degrees = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "data": self.cp * self.dp, "dp_shard": self.dp_shard}
-        found = np.ones_like(self.tp)
-        for inner, where in _INSIDE[axis].items():
-            found = found * np.where(where[self.order], degrees[inner], 1) if where.any() else found
-        return found
+        return strides(tp=self.tp, cp=self.cp, pp=self.pp, dp=self.dp, order=self.order, axes=(axis,))[axis]
 
     def select(self, keep: NDArray[np.bool_] | Ints) -> PlanArrays:
         """The plans under a mask or at indices."""
@@ -139,11 +135,27 @@ def _inside(axis: str) -> dict[str, Bools]:
         outer = "data" if axis == "cp" else axis
         found[inner] = np.asarray([places[name].index(inner) < places[name].index(outer) for name in ORDER_CODES])
     if axis == "cp":
-        found["dp_shard"] = np.asarray(["dp-cp" in name for name in ORDER_CODES])
+        found["dp"] = np.asarray(["dp-cp" in name for name in ORDER_CODES])
     return found
 
 
 _INSIDE = {axis: _inside(axis) for axis in ("tp", "cp", "pp", "data")}
+
+
+def strides(
+    *, tp: Ints, cp: Ints, pp: Ints, dp: Ints, order: Ints, axes: Sequence[str] = ("tp", "cp", "pp", "data")
+) -> dict[str, Ints]:
+    """Distance in ranks between neighbours along each axis; ``data`` are the ranks with equal weights, cp and dp."""
+    degrees = {"tp": tp, "pp": pp, "dp": dp, "data": cp * dp}
+    found = {}
+    for axis in axes:
+        apart = np.ones_like(tp)
+        for inner, where in _INSIDE[axis].items():
+            between = where[order]
+            if between.any():
+                apart = apart * np.where(between, degrees[inner], 1)
+        found[axis] = apart
+    return found
 
 
 def distinct(*columns: NDArray[Any]) -> tuple[Ints, Ints]:

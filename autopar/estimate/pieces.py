@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.estimate.arrays import Ints, PlanArrays, distinct
+from autopar.estimate.arrays import Bools, Ints, distinct
 from autopar.estimate.exchange import collective_calls_seconds, dispatch_seconds, merged
 from autopar.estimate.kept import (
     PRODUCTS,
@@ -149,6 +149,25 @@ def sections(graph: OpGraph) -> tuple[Section, ...]:
     )
 
 
+class HasDegrees(Protocol):
+    """What prices of pieces depend on, as arrays: of plans, or of whatever stands for many plans."""
+
+    @property
+    def tp(self) -> Ints: ...
+    @property
+    def cp(self) -> Ints: ...
+    @property
+    def sp(self) -> Bools: ...
+    @property
+    def microbatch(self) -> Ints: ...
+    @property
+    def ep(self) -> Ints: ...
+    @property
+    def etp(self) -> Ints: ...
+    def stride(self, axis: str) -> Ints:
+        """Distance in ranks between neighbours along an axis."""
+
+
 def _joined(ops: Sequence[Op], producers: Mapping[str, tuple[str, ...]]) -> list[Op]:
     """Column products of one input as one product with all their columns: queries, keys and values; gate and up."""
     found: dict[Any, Op] = {}
@@ -187,7 +206,7 @@ def _signature(op: Op) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def combinations(plans: PlanArrays) -> tuple[Degrees, Ints]:
+def combinations(plans: HasDegrees) -> tuple[Degrees, Ints]:
     """Distinct (tp, cp, sp, microbatch, ep, etp) with strides and, for every plan, the index of its own."""
     columns = {
         "tp": plans.tp, "cp": plans.cp, "sp": plans.sp, "microbatch": plans.microbatch, "ep": plans.ep,

@@ -165,12 +165,12 @@ def section_counts(
     Virtual stages lie on the ranks in turn, those of V-shaped schedules there and back.
     """
     split = blocks or engine_split(num_blocks, pp * vp, stack)
-    stage_of_block = np.repeat(np.arange(pp * vp), split)
+    # One stage for what comes before the blocks, one for every block, one for what comes after them.
+    stage_of = np.concatenate([[0], np.repeat(np.arange(pp * vp), split), [pp * vp - 1]])
+    rank_of = np.where(v_shaped & (stage_of >= pp), 2 * pp - 1 - stage_of, stage_of % pp)
     counts = np.zeros((pp, len(parts)))
     for column, part in enumerate(parts):
-        for block in part.blocks:
-            stage = 0 if block < 0 else pp * vp - 1 if block >= num_blocks else stage_of_block[block]
-            counts[2 * pp - 1 - stage if v_shaped and stage >= pp else stage % pp, column] += 1
+        counts[:, column] = np.bincount(rank_of[np.clip(part.blocks, -1, num_blocks) + 1], minlength=pp)
     return counts
 
 

@@ -136,11 +136,16 @@ def step_terms(
     terms["optimizer"] = of(update, last)
     host = setting.stack.host.step_seconds
     terms["step_overhead"] = np.full_like(m, host)
-    machines = plans.world_size / max(STRAGGLER_DEVICES, setting.cluster.domain)
-    doublings = np.log2(np.maximum(np.minimum(machines, plans.dp * plans.cp), 1.0))
     together: Floats = sum(terms.values(), np.zeros_like(m))
-    terms["stragglers"] = setting.stack.straggler * doublings * together
+    terms["stragglers"] = straggler_share(setting, plans.world_size, plans.dp * plans.cp) * together
     return {name: terms[name] for name in TERMS}
+
+
+def straggler_share(setting: Setting, world_size: Ints, replicas: Ints) -> Floats:
+    """Share of a step that waits for the slowest machine, for every doubling of replicas on machines of their own."""
+    machines = world_size / max(STRAGGLER_DEVICES, setting.cluster.domain)
+    doublings = np.log2(np.maximum(np.minimum(machines, replicas), 1.0))
+    return np.asarray(setting.stack.straggler * doublings)
 
 
 def active_ranks(setting: Setting, plans: PlanArrays) -> int:

@@ -1,12 +1,16 @@
-"""Exact search: price every plan of the space that nothing rules out, and rank those that fit in memory.
+"""Exact search by branch and bound: the fastest plans of the whole space that fit in memory, and proof of it.
 
-Minimise step_s(x) over x in X with memory(x) <= limit; X is enumerated (space.enumerate_plans), step_s and memory are
-``estimate_many``, the very functions that ``estimate`` prints. Ties go to less memory, then to the slug's order.
+Minimise step_s(x) over x in X with memory(x) <= limit; X is ``space``, step_s and memory are ``estimate_many``, the very
+functions that ``estimate`` prints. Cores are taken in the order of their lower bounds (``bounds``). A plan is left
+unpriced only if a rule forbids it, a lower bound of its memory is above the limit, or a lower bound of its time is above
+the time of the last plan to be returned; so nothing that is left out could have been returned. Ties go to less memory,
+then to the slug's order.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,12 +18,20 @@ import numpy as np
 
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate import Costs, Estimate, Setting, estimate, estimate_many
-from autopar.estimate.arrays import PlanArrays
+from autopar.estimate.arrays import Ints, PlanArrays
+from autopar.estimate.pieces import Floats
 from autopar.plan import Plan, Rejected
-from autopar.search.space import Space, enumerate_plans, rule_out
+from autopar.search import bounds
+from autopar.search.candidates import MEMORY, SLOWER, Candidates, Ground, candidates_of
+from autopar.search.distinct import distinct_codes
+from autopar.search.rules import core_rules
+from autopar.search.space import Space, assemble, cores_of, decisions, number_of_plans
 from costmodels.units import GIB
 
 Unsupported = Callable[[Plan], tuple[Rejected, ...]]
+FIRST_CORES, FIRST_CANDIDATES = 64, 256
+"""Looked at before the others, to have a time to beat."""
+MOST_CORES, MOST_CANDIDATES = 4096, 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,79 +41,67 @@ class SearchResult:
     Attributes:
         best: estimates in the order of rank.
         considered: plans of the space.
-        feasible: plans that fit.
-        rejected: plans ruled out, by reason; with ``feasible`` they add up to ``considered``.
+        priced: of these, plans whose time and memory were computed one by one.
+        feasible: of these, plans that fit.
+        rejected: plans ruled out, by reason; with ``feasible`` they add up to ``considered``. ``memory`` are too large,
+            by their price or by a bound; ``slower`` cannot be as fast as the last of ``best``, by a bound.
+        bound_s: no plan of the space that fits is faster than this: the least of the best step time and of the bounds
+            by which others were left out.
         seconds: of the search.
     """
 
     best: tuple[Estimate, ...]
     considered: int
+    priced: int
     feasible: int
     rejected: Mapping[str, int]
+    bound_s: float
     seconds: float
 
 
-def search(
-    setting: Setting, *, top: int = 10, space: Space | None = None, unsupported: Unsupported | None = None
-) -> SearchResult:
-    """Find the ``top`` fastest plans.
+class _Ranking:
+    """Plans in the running, and the step time that another one has to beat."""
 
-    Args:
-        setting: what is given.
-        top: how many plans to return.
-        space: limits on what is looked at.
-        unsupported: asks a runtime what it cannot run; such plans are rejected as ``runtime``.
+    def __init__(self, top: int, distinct: bool) -> None:
+        self.top, self.distinct = top, distinct
+        self.plans: list[PlanArrays] = []
+        self.step_s, self.memory, self.codes = np.zeros(0), np.zeros(0), np.zeros(0, dtype=np.int64)
+        self.threshold = np.inf
 
-    Raises:
-        NoFeasiblePlan: nothing fits; the message names the nearest miss with its numbers.
-    """
-    start = time.perf_counter()
-    space = space or Space()
-    plans = enumerate_plans(setting, space)
-    alive = np.ones(len(plans), dtype=np.bool_)
-    rejected: dict[str, int] = {}
-    for reason, hit in rule_out(setting, plans, space).items():
-        rejected[reason] = int(np.count_nonzero(alive & hit))
-        alive &= ~hit
-    if unsupported is not None:
-        refused = np.asarray([bool(alive[i]) and bool(unsupported(plans.plan(i))) for i in range(len(plans))])
-        rejected["runtime"] = int(np.count_nonzero(refused))
-        alive &= ~refused
-    candidates = plans.select(alive)
-    costs = estimate_many(setting, candidates)
-    limit = setting.cluster.device.memory_bytes
-    fits = costs.memory_bytes <= limit
-    rejected["memory"] = int(np.count_nonzero(~fits))
-    if not fits.any():
-        raise NoFeasiblePlan(_nearest_miss(setting, candidates, costs, rejected))
-    order = _ranked(candidates.select(fits), costs.step_s[fits], costs.memory_bytes[fits], top)
-    return SearchResult(
-        best=tuple(estimate(setting, plan) for plan in order),
-        considered=len(plans),
-        feasible=int(np.count_nonzero(fits)),
-        rejected={reason: number for reason, number in rejected.items() if number},
-        seconds=time.perf_counter() - start,
-    )
+    def add(self, plans: PlanArrays, step_s: Floats, memory: Floats) -> None:
+        codes = distinct_codes(plans) if self.distinct else np.zeros(0, dtype=np.int64)
+        self.plans.append(plans)
+        self.step_s = np.concatenate([self.step_s, step_s])
+        self.memory = np.concatenate([self.memory, memory])
+        self.codes = np.concatenate([self.codes, codes])
+        self._raise_the_bar()
 
+    def _raise_the_bar(self) -> None:
+        if self.distinct:
+            order = np.argsort(self.step_s, kind="stable")
+            _, first = np.unique(self.codes[order], return_index=True)
+            best = np.sort(self.step_s[order][first])
+        else:
+            best = np.sort(self.step_s)
+        if len(best) >= self.top:
+            self.threshold = float(best[self.top - 1]) * (1 + bounds.SLACK)
 
-def _ranked(plans: PlanArrays, step_s: np.ndarray, memory: np.ndarray, top: int) -> list[Plan]:
-    order = np.lexsort((memory, step_s))[: 4 * top]
-    named = sorted(((step_s[i], memory[i], plans.plan(i).slug, i) for i in order.tolist()), key=lambda row: row[:3])
-    return [plans.plan(row[3]) for row in named[:top]]
+    def ranked(self) -> list[Plan]:
+        near = np.flatnonzero(self.step_s <= self.threshold)
+        starts = np.cumsum([0, *(len(plans) for plans in self.plans)])
+        order = near[np.lexsort((self.memory[near], self.step_s[near]))]
+        found: list[tuple[float, float, str, Plan]] = []
+        seen: set[int] = set()
+        for place, index in enumerate(order.tolist()):
+            full = len(found) >= self.top
+            if full and (self.step_s[index], self.memory[index]) > found[-1][:2]:
+                break
+            part = int(np.searchsorted(starts, index, side="right")) - 1
+            plan = self.plans[part].plan(index - int(starts[part]))
+            found.append((float(self.step_s[index]), float(self.memory[index]), plan.slug, plan))
+            del place
+        found.sort(key=lambda row: row[:3])
+        return self._differing([row[3] for row in found], seen)
 
-
-def _nearest_miss(setting: Setting, plans: PlanArrays, costs: Costs, rejected: Mapping[str, int]) -> str:
-    reasons = ", ".join(f"{number} by {reason}" for reason, number in rejected.items() if number)
-    if not len(plans):
-        return (
-            f"no layout of {setting.cluster.world_size} ranks fits the model and the batch of "
-            f"{setting.workload.global_batch} ({reasons}): change the number of devices or the global batch"
-        )
-    nearest = int(np.argmin(costs.memory_bytes))
-    need, limit = costs.memory_bytes[nearest] / GIB, setting.cluster.device.memory_bytes / GIB
-    items = sorted(((costs.memory[name][nearest] / GIB, name) for name in costs.memory), reverse=True)
-    largest = ", ".join(f"{name} {size:.1f}" for size, name in items[:3])
-    return (
-        f"no plan fits in memory ({reasons}). The nearest miss, {plans.plan(nearest).slug}, needs {need:.1f} GiB of "
-        f"{limit:.1f} GiB per device ({largest}): use more devices, devices with more memory or a smaller model"
-    )
+    def _differing(self, plans: list[Plan], seen: set[int]) -> list[Plan]:
+        return plans[: self.top]
