@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from costmodels.errors import InputError
 from costmodels.links import CollectiveCurve, Link, LinkSpec, fabric_names, load_fabric
+from costmodels.offload import Host, HostSpec
 from costmodels.rates import AttentionKernel, AttentionRate, MatmulRate
 from costmodels.records import from_plain, read_toml
 from costmodels.shipped import merged, read_shipped, shipped_names
@@ -54,6 +55,8 @@ class Device:
         attention, attention_backward: of fused attention, likewise, where no kernel is named.
         attention_kernels: by name of the kernel (``flash1``, ``flash2``, ``flash3``, ``cudnn``).
         num_units: processors (SMs, compute units) that tiles of a product are spread over; 0 = unknown.
+        host: its share of the host machine; None: it has none beside itself, or nothing is known, and nothing can be
+            offloaded.
         bandwidth_fraction: share of memory_bandwidth that memory-bound operations reach, by kind of operation
             (``normalization``, ``activation``, ..., ``optimizer``), by ``<kind>.backward``, and ``default``.
         op_overhead: seconds that an operation takes however small it is.
@@ -73,6 +76,7 @@ class Device:
     matmul_of: Mapping[str, MatmulRate] = field(default_factory=dict)
     attention_kernels: Mapping[str, AttentionKernel] = field(default_factory=dict)
     num_units: int = 0
+    host: Host | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def peak(self, precision: str) -> float:
@@ -192,6 +196,7 @@ class _DeviceSpec:
     num_units: int = 0
     domain_size: int = 0
     matmul_level: Mapping[str, float] = field(default_factory=dict)
+    host: HostSpec | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def device(self) -> Device:
@@ -216,6 +221,7 @@ class _DeviceSpec:
             matmul_of={precision: self._levelled(precision, rate) for precision, rate in self.matmul_of.items()},
             attention_kernels=self.attention_kernels,
             num_units=self.num_units,
+            host=self.host.host() if self.host else None,
             origins=self.origins,
         )
 
