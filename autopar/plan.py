@@ -300,6 +300,12 @@ def violations(plan: Plan, graph: OpGraph, workload: Workload, world_size: int) 
                     tp=layout.tp, heads=heads,
                 )  # fmt: skip
     _reject_experts(plan, graph, reject)
+    if plan.offload_optimizer and plan.zero_stage == 0 and layout.dp * layout.cp > 1:
+        reject(
+            "offload", f"the host would update the same weights for all {layout.dp * layout.cp} data parallel ranks: "
+            "use zero_stage 1 or more with offload",
+            replicas=layout.dp * layout.cp,
+        )  # fmt: skip
     features = [p for op in graph.block_ops(0) for p in op.parameters] if layout.tp > 1 else []
     if plan.sequence_parallel and layout.tp == 1:
         reject(

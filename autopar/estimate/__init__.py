@@ -12,9 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from autopar.estimate.arrays import RECOMPUTE_CODES, PlanArrays, distinct, to_arrays
+from autopar.estimate.arrays import RECOMPUTE_CODES, Bools, Ints, PlanArrays, distinct, to_arrays
 from autopar.estimate.memory import ITEMS, RankMemory, rank_memory
-from autopar.estimate.pieces import Floats, combinations, price, sections
+from autopar.estimate.pieces import Floats, Prices, combinations, price, sections
 from autopar.estimate.result import Estimate
 from autopar.estimate.setting import Setting
 from autopar.estimate.stages import RankWork, place, rank_work, with_overheads
@@ -45,23 +45,34 @@ class Costs:
         terms: its parts, by the names of ``step.TERMS``.
         memory_bytes: peak of the fullest pipeline rank.
         memory: its items, by the names of ``memory.ITEMS``.
+        host_bytes: in the host's memory, of the rank that has most there.
     """
 
     step_s: Floats
     terms: dict[str, Floats]
     memory_bytes: Floats
     memory: dict[str, Floats]
+    host_bytes: Floats
+
+    def fits(self, setting: Setting) -> Bools:
+        """Whether devices and, where state is offloaded, their hosts have the memory, [plans]."""
+        device = setting.cluster.device
+        host = device.host.memory_bytes if device.host else 0.0
+        return (self.memory_bytes <= device.memory_bytes) & (self.host_bytes <= host)
 
 
-def estimate_many(setting: Setting, plans: PlanArrays) -> Costs:
-    """Price arrays of plans that have no violations (see ``plan.violations``)."""
+def estimate_many(setting: Setting, plans: PlanArrays, priced: tuple[Prices, Ints] | None = None) -> Costs:
+    """Price arrays of plans that have no violations (see ``plan.violations``).
+
+    ``priced``, if they are known already: prices of pieces and, for every plan, the index of its combination.
+    """
     count = len(plans)
     if not count:
         return Costs(
             step_s=np.zeros(0), terms={name: np.zeros(0) for name in TERMS}, memory_bytes=np.zeros(0),
-            memory={name: np.zeros(0) for name in ITEMS},
+            memory={name: np.zeros(0) for name in ITEMS}, host_bytes=np.zeros(0),
         )  # fmt: skip
-    terms, held = _evaluate(setting, plans, every_rank=False)
+    terms, held = _evaluate(setting, plans, every_rank=False, priced=priced)
     fullest = np.argmax(held.total, axis=1)
     items = {name: getattr(held, name)[np.arange(count), fullest] for name in ITEMS}
     return Costs(
@@ -69,11 +80,12 @@ def estimate_many(setting: Setting, plans: PlanArrays) -> Costs:
         terms=terms,
         memory_bytes=sum(items.values(), np.zeros(count)),
         memory=items,
+        host_bytes=held.host.max(axis=1),
     )
 
 
 def _evaluate(
-    setting: Setting, plans: PlanArrays, *, every_rank: bool
+    setting: Setting, plans: PlanArrays, *, every_rank: bool, priced: tuple[Prices, Ints] | None = None
 ) -> tuple[dict[str, Floats], RankMemory]:
     """Terms [plans] and memory [plans, ranks].
 
@@ -83,10 +95,12 @@ def _evaluate(
     every_rank = every_rank or stack.pipeline.serial_stages or bool(setting.cluster.sharing)
     by_sharding = any(name.startswith("fsdp.") for name in stack.overheads)
     parts = sections(graph)
-    degrees, rows = combinations(plans)
-    selective = bool((plans.recompute == RECOMPUTE_CODES.index(Recompute.SELECTIVE)).any())
-    prices = price(setting, degrees, parts, by_module=selective)
-    boundary = np.asarray(boundary_bytes(graph, degrees, setting.stack))
+    if priced is None:
+        degrees, rows = combinations(plans)
+        selective = bool((plans.recompute == RECOMPUTE_CODES.index(Recompute.SELECTIVE)).any())
+        prices = price(setting, degrees, parts, by_module=selective)
+    else:
+        prices, rows = priced
     is_block = np.asarray([part.is_block(graph) for part in parts])
     is_end = np.asarray([part.is_end(graph) for part in parts])
     where = place(parts, graph.num_blocks, plans, stack, every_rank=every_rank)
@@ -97,7 +111,8 @@ def _evaluate(
     passes = plans.select(first)
     work = rank_work(prices, rows[first], where.take(first), is_block, is_end, passes, stack)
     work = with_overheads(work, passes, stack)
-    m, edge = setting.workload.global_batch / (plans.dp * plans.microbatch), boundary[rows]
+    m = setting.workload.global_batch / (plans.dp * plans.microbatch)
+    edge = np.asarray(boundary_bytes(graph, plans, stack))
     first, pipeline_of = distinct(pass_of, plans.schedule, plans.dp, plans.stride("pp"))
     pipelines = plans.select(first)
     transfer = transfer_seconds(setting, pipelines, edge[first])
@@ -144,6 +159,8 @@ def estimate(setting: Setting, plan: Plan) -> Estimate:
         memory_per_rank=tuple(held.total[0].tolist()),
         memory_items_per_rank=per_rank,
         memory_limit=device.memory_bytes,
+        host_bytes=float(held.host[0].max()),
+        host_limit=device.host.memory_bytes if device.host else 0.0,
         tokens_per_s_per_gpu=setting.workload.tokens / step_s / world,
         model_flops_per_s_per_gpu=rate,
         mfu=rate / device.peak(precision),

@@ -20,6 +20,7 @@ from autopar.estimate.setting import Setting
 from autopar.estimate.stages import RankWork
 from autopar.workload import Precision
 from costmodels.memory import sharded
+from costmodels.offload import host_bytes
 from costmodels.pipeline import peak_in_flight
 
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "working", "buffers", "fragmentation", "reserve")
@@ -27,7 +28,7 @@ ITEMS = ("parameters", "gradients", "optimizer", "activations", "working", "buff
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankMemory:
-    """Items at the peak, arrays [plans, ranks] in bytes; their sum is the peak."""
+    """Items at the peak, arrays [plans, ranks] in bytes; their sum is the peak. ``host`` is in the host's memory."""
 
     parameters: Floats
     gradients: Floats
@@ -37,6 +38,7 @@ class RankMemory:
     buffers: Floats
     fragmentation: Floats
     reserve: Floats
+    host: Floats
 
     @property
     def total(self) -> Floats:
@@ -54,7 +56,7 @@ def rank_memory(
     weights = work.parameters * setting.weight_bytes
     groups = weight_groups(plans, work)
 
-    def held(per_weight: float, from_stage: int) -> Floats:
+    def held(per_weight: Any, from_stage: int) -> Floats:
         parts = [sharded(group.parameters * per_weight, zero, from_stage, group.shards) for group in groups]
         return np.asarray(sum(parts[1:], parts[0]))
 
@@ -72,7 +74,10 @@ def rank_memory(
         parameters = parameters - (work.parameters - work.vocabulary) * (setting.weight_bytes - 1)
     state, master = setting.state_bytes, stack.data.master_bytes if stack.data.master_weights else 0.0
     optimizer = np.where(whole_weights, held(state - master, 1), held(state, 1))
-    step = stack.memory.step_bytes
+    offload = plans.offload[column]
+    host = np.where(offload, held(host_bytes_of_a_weight(setting), 1), 0.0)
+    optimizer = np.where(offload, 0.0, optimizer)
+    step = np.where(offload, 0.0, stack.memory.step_bytes)
     if stack.memory.step_stays:
         optimizer = optimizer + np.where(zero == 0, work.parameters * step, 0.0)
     in_buckets = (zero == 0) & (plans.replicas[column] > 1) & ~np.asarray(stack.data.persistent_gradients)
@@ -113,7 +118,18 @@ def rank_memory(
         buffers=buffers,
         fragmentation=stack.memory.fragmentation * used,
         reserve=np.full_like(used, stack.memory.reserve_bytes),
+        host=host,
     )
+
+
+def host_bytes_of_a_weight(setting: Setting) -> float:
+    """Bytes in host memory of a weight whose optimizer state is offloaded."""
+    return float(
+        host_bytes(
+            1.0, state_bytes=setting.state_bytes, gradient_bytes=setting.gradient_bytes,
+            weight_bytes=setting.weight_bytes,
+        )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ class Estimate:
         memory_per_rank: peak bytes of every pipeline rank.
         memory_items_per_rank: their items, by the same names.
         memory_limit: bytes that a device offers.
+        host_bytes, host_limit: bytes in the host's memory, of the rank that has most there, and what a device has of it.
         tokens_per_s_per_gpu: throughput.
         model_flops_per_s_per_gpu: useful FLOP/s, see ``flops_convention``.
         mfu: that over the device's dense peak in the workload's precision.
@@ -43,6 +44,8 @@ class Estimate:
     memory_per_rank: tuple[float, ...]
     memory_items_per_rank: tuple[Mapping[str, float], ...]
     memory_limit: float
+    host_bytes: float
+    host_limit: float
     tokens_per_s_per_gpu: float
     model_flops_per_s_per_gpu: float
     mfu: float
@@ -64,6 +67,11 @@ class Estimate:
     def memory_bytes(self) -> float:
         """Peak bytes of the fullest rank."""
         return max(self.memory_per_rank)
+
+    @property
+    def fits(self) -> bool:
+        """Whether devices, and their hosts where state is offloaded, have the memory."""
+        return self.memory_bytes <= self.memory_limit and self.host_bytes <= self.host_limit
 
     @property
     def memory_gib(self) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from autopar.errors import PlanError
 from autopar.estimate.arrays import SCHEDULE_CODES, Ints, PlanArrays, distinct
 from autopar.estimate.dataparallel import copy_seconds, exposed_data_parallel, weight_groups
 from autopar.estimate.pieces import Floats
@@ -16,6 +17,7 @@ from autopar.plan import V_SCHEDULES, ScheduleName
 from costmodels.collectives import collective_seconds
 from costmodels.compute import stream_seconds
 from costmodels.memory import sharded
+from costmodels.offload import Host, offloaded_step
 from costmodels.pipeline import pipeline_seconds, schedule_seconds
 
 WEIGHT_SHARE = 0.5
@@ -183,4 +185,23 @@ def _update(setting: Setting, plans: PlanArrays, work: RankWork) -> Floats:
     zero = plans.zero[:, None]
     parts = [sharded(group.parameters * moved, zero, 1, group.shards) for group in weight_groups(plans, work)]
     local: Floats = sum(parts[1:], parts[0])
-    return np.asarray(stream_seconds(setting.cluster.device, local, "optimizer", ops=1.0))
+    here = np.asarray(stream_seconds(setting.cluster.device, local, "optimizer", ops=1.0))
+    if not plans.offload.any():
+        return here
+    traffic = stack.kernels.traffic.get("optimizer", 1.0)
+    step = offloaded_step(
+        host_of(setting), local / moved, gradient_bytes=setting.gradient_bytes, weight_bytes=width,
+        moved_bytes=moved / traffic,
+    )  # fmt: skip
+    return np.where(plans.offload[:, None], step.seconds(), here)
+
+
+def host_of(setting: Setting) -> Host:
+    """The host that state is offloaded to. Raises PlanError where the device has none that is described."""
+    host = setting.cluster.device.host
+    if host is None:
+        raise PlanError(
+            f"plan: optimizer state is offloaded, but device {setting.cluster.device.name} has no host described: drop "
+            "offload, or describe its [host]"
+        )
+    return host

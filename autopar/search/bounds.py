@@ -18,16 +18,19 @@ recomputation leaves of a microbatch. tests/search holds both against ``estimate
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from autopar.estimate.arrays import SCHEDULE_CODES, Ints
-from autopar.estimate.pieces import Floats, Prices, combinations, price, sections
+from autopar.estimate.arrays import SCHEDULE_CODES, Bools, Ints
+from autopar.estimate.pieces import OP_LEVEL, Floats, Prices, Section, combinations, price, sections
 from autopar.estimate.setting import Setting
 from autopar.estimate.stages import placement, section_counts
 from autopar.estimate.step import SPLIT_BACKWARD, straggler_share
+from autopar.graph import RECOMPUTE_MODULES, Op, Split
 from autopar.plan import V_SCHEDULES
 from autopar.search.space import SELECTIVE, Cores, Decisions
 from autopar.workload import Precision
@@ -35,6 +38,7 @@ from costmodels.pipeline import peak_in_flight
 
 SLACK = 1e-9
 """Share by which a bound must be beaten, for the rounding of sums in another order."""
+EXPERT_OPS = (Split.EXPERT_TOKENS, Split.EXPERT_FEATURES, Split.EXPERT_COLUMN, Split.EXPERT_ROW)
 PASS = (
     "forward", "backward", "tensor_forward", "tensor_backward", "context_forward", "context_backward",
     "expert_forward", "expert_backward",
@@ -51,7 +55,7 @@ class Pieces:
         passes: [combinations, sections] seconds of a pass without recomputation.
         again: [combinations, sections] more seconds of recomputing whole blocks.
         kept, kept_full, kept_least: [combinations, sections] bytes that a pass keeps without recomputation, with
-            whole blocks recomputed, and by the recomputation that keeps the least.
+            whole blocks recomputed, and no recomputation less than.
         is_block, is_end: [sections].
     """
 
@@ -62,35 +66,39 @@ class Pieces:
     kept: Floats
     kept_full: Floats
     kept_least: Floats
-    is_block: Any
-    is_end: Any
+    is_block: Bools
+    is_end: Bools
 
 
 def price_pieces(setting: Setting, cores: Cores, decided: Decisions) -> Pieces:
     """Price what the cores need, each distinct combination once."""
     parts = sections(setting.graph)
     degrees, rows = combinations(cores)
-    prices = price(setting, degrees, parts, by_module=bool((decided.recompute == SELECTIVE).any()))
+    selective = decided.recompute == SELECTIVE
+    prices = price(setting, degrees, parts, by_module=bool(selective.any()))
     is_block = np.asarray([part.is_block(setting.graph) for part in parts])
     again = prices.again_full + prices.again_tensor + prices.expert_forward + prices.context_forward
-    least = np.where(is_block, np.minimum(prices.kept, prices.kept_full), prices.kept)
-    for modules in np.unique(decided.modules[decided.recompute == SELECTIVE]).tolist():
-        least = np.minimum(least, prices.kept - np.where(is_block, freed_of(prices, modules), 0.0))
+    full = np.where(is_block, prices.kept_full, prices.kept)
+    op_level = 1 << RECOMPUTE_MODULES.index(OP_LEVEL)
+    every_module = int(np.bitwise_or.reduce(decided.modules[selective], initial=0))
+    least = np.minimum(prices.kept, full)
+    for modules in (every_module & ~op_level, every_module & op_level):
+        least = np.minimum(least, prices.kept - np.where(is_block, sum_of(prices.freed, modules), 0.0))
     return Pieces(
-        prices=prices, rows=rows, passes=sum((getattr(prices, name) for name in PASS), np.zeros_like(prices.forward)),
-        again=np.where(is_block, again, 0.0), kept=prices.kept, kept_full=np.where(is_block, prices.kept_full, prices.kept),
-        kept_least=least, is_block=is_block, is_end=np.asarray([part.is_end(setting.graph) for part in parts]),
+        prices=prices, rows=rows, passes=_passes(prices), again=np.where(is_block, again, 0.0), kept=prices.kept,
+        kept_full=full, kept_least=least, is_block=is_block,
+        is_end=np.asarray([part.is_end(setting.graph) for part in parts]),
     )  # fmt: skip
 
 
-def freed_of(prices: Prices, modules: int) -> Floats:
-    """Bytes that selective recomputation of some modules (a mask) frees, [combinations, sections]."""
-    return np.asarray(sum(prices.freed[:, :, bit] for bit in range(prices.freed.shape[2]) if modules >> bit & 1))
+def _passes(prices: Prices) -> Floats:
+    return np.asarray(sum((getattr(prices, name) for name in PASS), np.zeros_like(prices.forward)))
 
 
-def again_of(prices: Prices, modules: int) -> Floats:
-    """Seconds of compute that it takes, [combinations, sections]."""
-    return np.asarray(sum(prices.again[:, :, bit] for bit in range(prices.again.shape[2]) if modules >> bit & 1))
+def sum_of(by_module: Floats, modules: int) -> Floats:
+    """Of quantities [..., modules], the sum over those of a mask."""
+    chosen = [bit for bit in range(by_module.shape[-1]) if modules >> bit & 1]
+    return np.asarray(by_module[..., chosen].sum(axis=-1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,12 +148,57 @@ def step_factor(setting: Setting, cores: Cores) -> Floats:
     return 1.0 + straggler_share(setting, cores.tp * cores.cp * cores.pp * cores.dp, cores.dp * cores.cp)
 
 
-def core_seconds(setting: Setting, cores: Cores, pieces: Pieces, m: Floats) -> Floats:
-    """Least step time of each core whatever is decided around it: its passes spread evenly over the ranks."""
-    total = np.asarray([len(part.blocks) for part in sections(setting.graph)])
-    passes = pieces.passes[pieces.rows]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CoreBounds:
+    """Of each core whatever is decided around it: least seconds of a step, and least bytes of its fullest rank."""
+
+    seconds: Floats
+    memory: Floats
+
+
+def core_bounds(setting: Setting, cores: Cores, weights: tuple[Floats, Floats]) -> CoreBounds:
+    """Passes and weights spread evenly over the pipeline's ranks, or the passes of the largest piece alone.
+
+    Experts, and all that is sent to them, are priced apart from the rest: what they cost depends on other degrees, and
+    there are far fewer of either than of both together.
+    """
+    m = setting.workload.global_batch // (cores.dp * cores.microbatch)
+    parts = sections(setting.graph)
+    total = np.asarray([len(part.blocks) for part in parts])
+    passes, dense, experts = np.zeros((3, len(cores), len(parts)))
+    for degrees, rows, some in _separate(setting, cores, parts):
+        prices = price(setting, degrees, some, by_module=False)
+        passes += _passes(prices)[rows]
+        dense += (prices.parameters - prices.experts)[rows]
+        experts += prices.experts[rows]
     work = np.maximum((passes * total).sum(axis=1) / cores.pp, passes.max(axis=1))
-    return step_factor(setting, cores) * (m * work + setting.stack.host.step_seconds)
+    seconds = step_factor(setting, cores) * (m * work + setting.stack.host.step_seconds)
+    held = ((dense * total).sum(axis=1) * weights[0] + (experts * total).sum(axis=1) * weights[1]) / cores.pp
+    return CoreBounds(seconds=seconds, memory=with_reserve(setting, held))
+
+
+def _separate(setting: Setting, cores: Cores, parts: Sequence[Section]) -> Iterator[Any]:
+    """(degrees, rows, sections) of dense operations, and of experts' where the model has any."""
+    ones = np.ones_like(cores.tp)
+    dense = dataclasses.replace(cores, ep=ones, etp=ones)
+    yield (*combinations(dense), [_some(part, experts=False) for part in parts])
+    if setting.graph.num_experts:
+        # What experts cost depends on tp * cp alone, and on whether there is any tp.
+        tp = np.where(cores.tp > 1, 2, 1)
+        apart = dataclasses.replace(cores, tp=tp, cp=cores.tp * cores.cp // tp, sp=np.zeros_like(cores.sp), order=0 * tp)
+        yield (*combinations(apart), [_some(part, experts=True) for part in parts])
+
+
+def _some(part: Section, *, experts: bool) -> Section:
+    """A section's operations of experts, or all others."""
+
+    def keep(op: Op) -> bool:
+        return (op.split in EXPERT_OPS) == experts
+
+    return Section(
+        tuple(op for op in part.ops if keep(op)), part.blocks,
+        tuple(pair for pair in part.separate if keep(pair[0])), tuple(pair for pair in part.fused if keep(pair[0])),
+    )  # fmt: skip
 
 
 def pipe_seconds(passes: Floats, m: Floats, shapes: Shapes) -> Floats:
@@ -164,27 +217,16 @@ def weight_bytes(setting: Setting, cores: Cores, decided: Decisions) -> tuple[Fl
     """Bytes that a dense weight and an expert's take at least on a device, by any sharding of each core, [cores]."""
     data, narrow = setting.stack.data, setting.weight_bytes
     width = narrow - (narrow - 1) * (data.quantized_weights and setting.workload.precision is Precision.FP8)
-    state = 0.0 if any(decided.offload) else setting.state_bytes
     gradient = setting.gradient_bytes if data.persistent_gradients else 0.0
     edp = cores.dp * cores.cp * cores.tp // (cores.ep * cores.etp)
     least = [np.full(len(cores), np.inf), np.full(len(cores), np.inf)]
     for column, zero in enumerate(decided.zero.tolist()):
+        state = 0.0 if decided.offload[column] else setting.state_bytes
         for which, ranks in enumerate((cores.dp * cores.cp, edp)):
             n = np.maximum(ranks, 1)
             held = width / (n if zero >= 3 else 1) + state / (n if zero >= 1 else 1) + gradient / (n if zero >= 2 else 1)
-            least[which] = np.minimum(least[which], np.where(cores.shardings[:, column], held, np.inf))
+            least[which] = np.minimum(least[which], np.where(cores.holdings[:, column], held, np.inf))
     return least[0], least[1]
-
-
-def least_static_bytes(setting: Setting, cores: Cores, pieces: Pieces, weights: tuple[Floats, Floats]) -> Floats:
-    """Weights and a microbatch's activations of a core spread evenly over its pipeline ranks, [cores]."""
-    total = np.asarray([len(part.blocks) for part in sections(setting.graph)])
-    prices, rows = pieces.prices, pieces.rows
-    experts = (prices.experts * total).sum(axis=1)[rows]
-    dense = (prices.parameters * total).sum(axis=1)[rows] - experts
-    kept = (np.where(pieces.is_block, pieces.kept_least, 0.0) * total).sum(axis=1)[rows]
-    used = (dense * weights[0] + experts * weights[1] + kept) / cores.pp
-    return with_reserve(setting, used)
 
 
 def with_reserve(setting: Setting, used: Floats) -> Floats:

@@ -16,12 +16,11 @@ import numpy as np
 from autopar.estimate.arrays import Bools, Ints
 from autopar.estimate.pieces import Floats
 from autopar.estimate.setting import Setting
+from autopar.graph import RECOMPUTE_MODULES
 from autopar.search.bounds import (
     Pieces,
     Shapes,
-    again_of,
     flights,
-    freed_of,
     on_ranks,
     pipe_seconds,
     shapes_of,
@@ -67,12 +66,12 @@ def joined(parts: list[Candidates]) -> Candidates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ground:
-    """What candidates are listed from, the same for a whole search.
+    """Cores to look at and what is known of them.
 
     Attributes:
-        cores, pieces: in the running, and their prices.
+        pieces: prices of the cores' pieces.
         weights: least bytes of a dense weight and of an expert's on a device, [cores] each.
-        around: [cores] ways to shard and offload a plan.
+        around: [cores] ways to hold a plan's state.
         shapes: of the pipes of a pipeline degree, filled as they are asked for.
     """
 
@@ -92,10 +91,9 @@ class Ground:
         return self.shapes[pp]
 
 
-def candidates_of(ground: Ground, chosen: Ints, threshold: float, tally: Counter[str]) -> Candidates:
-    """Candidates around the chosen cores whose bounds are within memory and within ``threshold`` seconds."""
-    degrees = ground.cores.pp[chosen]
-    pairs = [_pairs(ground, pp, chosen[degrees == pp], threshold, tally) for pp in np.unique(degrees).tolist()]
+def candidates_of(ground: Ground, threshold: float, tally: Counter[str]) -> Candidates:
+    """Candidates around the cores whose bounds are within memory and within ``threshold`` seconds."""
+    pairs = [_pairs(ground, pp, threshold, tally) for pp in np.unique(ground.cores.pp).tolist()]
     return joined([found for each in pairs if len(each.core) for found in _recomputed(ground, each, threshold, tally)])
 
 
@@ -112,7 +110,8 @@ class _Pairs:
     static: Floats
 
 
-def _pairs(ground: Ground, pp: int, chosen: Ints, threshold: float, tally: Counter[str]) -> _Pairs:
+def _pairs(ground: Ground, pp: int, threshold: float, tally: Counter[str]) -> _Pairs:
+    chosen = np.flatnonzero(ground.cores.pp == pp)
     setting, decided, pieces = ground.setting, ground.decided, ground.pieces
     cores, rows, pipes = ground.cores.select(chosen), pieces.rows[chosen], decided.pipes_of[pp]
     around = ground.around[chosen][:, None] * decided.recomputes(pipes)
@@ -152,41 +151,57 @@ def _recomputed(ground: Ground, pairs: _Pairs, threshold: float, tally: Counter[
     m = (setting.workload.global_batch // (cores.dp * cores.microbatch))[:, None]
     factor, host = step_factor(setting, cores), setting.stack.host.step_seconds
     limit, around = setting.cluster.device.memory_bytes, ground.around[pairs.core]
+    everyone = np.arange(len(rows))
 
     def total(each: Floats, counts: Floats = pairs.counts) -> Floats:
         """Of quantities [combinations, sections], what the ranks of each pair have, [pairs, ranks]."""
-        return np.asarray((each[rows][:, None, :] * counts).sum(axis=2))
+        return np.einsum("ps,prs->pr", each[rows], counts)
 
-    def within(index: int, own: Floats, fill: Floats, kept: Floats, among: Bools) -> Candidates:
-        room = with_reserve(setting, (pairs.static + kept * pairs.flight + end).max(axis=1)) <= limit
-        least = factor * ((m * own + fill).max(axis=1) + host)
+    def within(index: int, own: Floats, fill: Floats, kept: Floats, at: Ints = everyone) -> tuple[Candidates, Bools]:
+        """Those of the pairs ``at`` that stay in the running, and which of these are not too slow."""
+        used = pairs.static[at] + kept * pairs.flight[at] + end[at]
+        room = with_reserve(setting, used.max(axis=1)) <= limit
+        least = factor[at] * ((m[at] * own + fill).max(axis=1) + host)
         soon = least <= threshold
-        tally[MEMORY] += int(around[among & ~room].sum())
-        tally[SLOWER] += int(around[among & room & ~soon].sum())
-        found = np.flatnonzero(among & room & soon)
+        tally[MEMORY] += int(around[at[~room]].sum())
+        tally[SLOWER] += int(around[at[room & ~soon]].sum())
+        found = np.flatnonzero(room & soon)
+        chosen = at[found]
         return Candidates(
-            core=pairs.core[found], pipe=pairs.pipe[found], recompute=np.full(len(found), index), seconds=least[found]
-        )
+            core=pairs.core[chosen], pipe=pairs.pipe[chosen], recompute=np.full(len(found), index), seconds=least[found]
+        ), soon
 
-    everyone = np.ones(len(rows), dtype=np.bool_)
     end = total(np.where(pieces.is_end, pieces.kept, 0.0)) * np.minimum(pairs.flight, 1.0)
     inside = np.where(pieces.is_end, 0.0, pieces.kept)
     own, fill, kept = total(pieces.passes), total(pieces.passes, pairs.before), total(inside)
     again, freed = total(pieces.again), total(inside - np.where(pieces.is_end, 0.0, pieces.kept_full))
+    modules = {}
+    for bit in range(len(RECOMPUTE_MODULES)):
+        if (decided.modules >> bit & 1).any():
+            more, less = (np.where(pieces.is_block, x[:, :, bit], 0.0) for x in (pieces.prices.again, pieces.prices.freed))
+            modules[bit] = (total(more), total(more, pairs.before), total(less))
     for index in range(decided.whole_recomputes):
         if decided.recompute[index] == SELECTIVE:
-            modules = int(decided.modules[index])
-            more = np.where(pieces.is_block, again_of(pieces.prices, modules), 0.0)
-            less = total(np.where(pieces.is_block, freed_of(pieces.prices, modules), 0.0))
-            yield within(index, own + total(more), fill + total(more, pairs.before), kept - less, everyone)
+            chosen = [sums for bit, sums in modules.items() if decided.modules[index] >> bit & 1]
+            more, early, less = (sum(parts[1:], parts[0]) for parts in zip(*chosen, strict=True))
+            yield within(index, own + more, fill + early, kept - less)[0]
         elif decided.recompute[index] == FULL:
-            yield within(index, own + again, fill + total(pieces.again, pairs.before), kept - freed, everyone)
+            yield within(index, own + again, fill + total(pieces.again, pairs.before), kept - freed)[0]
         else:
-            yield within(index, own, fill, kept, everyone)
+            yield within(index, own, fill, kept)[0]
     if decided.partial:
         blocks = np.maximum((pairs.counts * pieces.is_block).sum(axis=2), 1.0)
         vp, most = decided.pipe_vp[pairs.pipe][:, None], decided.most_blocks[pairs.pipe]
-        for index in range(decided.whole_recomputes, decided.whole_recomputes + int(most.max(initial=1)) - 1):
-            layers = decided.layers[index]
-            share = np.minimum(layers * vp / blocks, 1.0)
-            yield within(index, own + share * again, fill, kept - share * freed, most > layers)
+        live, layers = everyone[most > 1], 1
+        while len(live):
+            share = np.minimum(layers * vp[live] / blocks[live], 1.0)
+            found, soon = within(
+                decided.whole_recomputes + layers - 1, own[live] + share * again[live], fill[live],
+                kept[live] - share * freed[live], live,
+            )  # fmt: skip
+            yield found
+            # Recomputing more blocks takes longer still.
+            late = live[~soon]
+            tally[SLOWER] += int((around[late] * (most[late] - 1 - layers)).sum())
+            layers += 1
+            live = live[soon & (most[live] > layers)]

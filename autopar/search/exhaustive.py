@@ -17,21 +17,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.errors import NoFeasiblePlan
-from autopar.estimate import Costs, Estimate, Setting, estimate, estimate_many
-from autopar.estimate.arrays import Ints, PlanArrays
+from autopar.estimate import Estimate, Setting, estimate, estimate_many
+from autopar.estimate.arrays import Ints
 from autopar.estimate.pieces import Floats
-from autopar.plan import Plan, Rejected
-from autopar.search import bounds
+from autopar.plan import Plan, Rejected, violations
+from autopar.search.bounds import Shapes, core_bounds, price_pieces, weight_bytes
 from autopar.search.candidates import MEMORY, SLOWER, Candidates, Ground, candidates_of
-from autopar.search.distinct import distinct_codes
+from autopar.search.ranking import Ranking
 from autopar.search.rules import core_rules
-from autopar.search.space import Space, assemble, cores_of, decisions, number_of_plans
+from autopar.search.space import Cores, Decisions, Space, assemble, cores_of, decisions, listed, number_of_plans
 from costmodels.units import GIB
 
 Unsupported = Callable[[Plan], tuple[Rejected, ...]]
-FIRST_CORES, FIRST_CANDIDATES = 64, 256
-"""Looked at before the others, to have a time to beat."""
-MOST_CORES, MOST_CANDIDATES = 4096, 8192
+FIRST_CORES, MOST_CORES = 128, 16384
+"""Looked at before the others, to have a time to beat, and at once after that."""
+SMALLEST_CORES = 4
+"""Looked at in search of the nearest miss, where nothing fits."""
+FIRST_CANDIDATES, MOST_CANDIDATES = 256, 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +47,7 @@ class SearchResult:
         feasible: of these, plans that fit.
         rejected: plans ruled out, by reason; with ``feasible`` they add up to ``considered``. ``memory`` are too large,
             by their price or by a bound; ``slower`` cannot be as fast as the last of ``best``, by a bound.
-        bound_s: no plan of the space that fits is faster than this: the least of the best step time and of the bounds
-            by which others were left out.
+        bound_s: least step time that a plan could have that was left out as ``slower``; infinite if none was.
         seconds: of the search.
     """
 
@@ -59,49 +60,161 @@ class SearchResult:
     seconds: float
 
 
-class _Ranking:
-    """Plans in the running, and the step time that another one has to beat."""
+def search(
+    setting: Setting,
+    *,
+    top: int = 10,
+    space: Space | None = None,
+    unsupported: Unsupported | None = None,
+    distinct: bool = False,
+) -> SearchResult:
+    """Find the ``top`` fastest plans.
 
-    def __init__(self, top: int, distinct: bool) -> None:
-        self.top, self.distinct = top, distinct
-        self.plans: list[PlanArrays] = []
-        self.step_s, self.memory, self.codes = np.zeros(0), np.zeros(0), np.zeros(0, dtype=np.int64)
-        self.threshold = np.inf
+    Args:
+        setting: what is given.
+        top: how many plans to return.
+        space: limits on what is looked at.
+        unsupported: asks a runtime what it cannot run; such plans are rejected as ``runtime``.
+        distinct: return the best of each answer alone, see ``search.distinct``.
 
-    def add(self, plans: PlanArrays, step_s: Floats, memory: Floats) -> None:
-        codes = distinct_codes(plans) if self.distinct else np.zeros(0, dtype=np.int64)
-        self.plans.append(plans)
-        self.step_s = np.concatenate([self.step_s, step_s])
-        self.memory = np.concatenate([self.memory, memory])
-        self.codes = np.concatenate([self.codes, codes])
-        self._raise_the_bar()
+    Raises:
+        NoFeasiblePlan: nothing fits; the message names the nearest miss with its numbers.
+    """
+    start = time.perf_counter()
+    space = space or Space()
+    decided = decisions(setting, space)
+    cores = cores_of(setting, space, decided)
+    numbers = number_of_plans(cores, decided)
+    considered, tally = int(numbers.sum()), Counter[str]()
+    alive = np.ones(len(cores), dtype=np.bool_)
+    for reason, hit in core_rules(setting, cores).items():
+        tally[reason] += int(numbers[alive & hit].sum())
+        alive &= ~hit
+    cores, numbers = cores.select(alive), numbers[alive]
+    ranking = Ranking(top, distinct)
+    found = _Walk(setting, space, decided, unsupported, ranking, tally)
+    found.all(cores, numbers)
+    if not ranking.feasible:
+        raise NoFeasiblePlan(_no_plan(setting, decided, cores, tally))
+    return SearchResult(
+        best=tuple(estimate(setting, plan) for plan in ranking.best()),
+        considered=considered,
+        priced=found.priced,
+        feasible=ranking.feasible,
+        rejected={reason: number for reason, number in tally.items() if number},
+        bound_s=found.bound_s,
+        seconds=time.perf_counter() - start,
+    )
 
-    def _raise_the_bar(self) -> None:
-        if self.distinct:
-            order = np.argsort(self.step_s, kind="stable")
-            _, first = np.unique(self.codes[order], return_index=True)
-            best = np.sort(self.step_s[order][first])
-        else:
-            best = np.sort(self.step_s)
-        if len(best) >= self.top:
-            self.threshold = float(best[self.top - 1]) * (1 + bounds.SLACK)
 
-    def ranked(self) -> list[Plan]:
-        near = np.flatnonzero(self.step_s <= self.threshold)
-        starts = np.cumsum([0, *(len(plans) for plans in self.plans)])
-        order = near[np.lexsort((self.memory[near], self.step_s[near]))]
-        found: list[tuple[float, float, str, Plan]] = []
-        seen: set[int] = set()
-        for place, index in enumerate(order.tolist()):
-            full = len(found) >= self.top
-            if full and (self.step_s[index], self.memory[index]) > found[-1][:2]:
-                break
-            part = int(np.searchsorted(starts, index, side="right")) - 1
-            plan = self.plans[part].plan(index - int(starts[part]))
-            found.append((float(self.step_s[index]), float(self.memory[index]), plan.slug, plan))
-            del place
-        found.sort(key=lambda row: row[:3])
-        return self._differing([row[3] for row in found], seen)
+class _Walk:
+    """Takes cores in the order of their bounds until no bound is below the time to beat."""
 
-    def _differing(self, plans: list[Plan], seen: set[int]) -> list[Plan]:
-        return plans[: self.top]
+    def __init__(
+        self, setting: Setting, space: Space, decided: Decisions, unsupported: Unsupported | None, ranking: Ranking,
+        tally: Counter[str],
+    ) -> None:  # fmt: skip
+        self.setting, self.space, self.decided, self.unsupported = setting, space, decided, unsupported
+        self.ranking, self.tally = ranking, tally
+        self.priced, self.bound_s = 0, np.inf
+        self.shapes: dict[int, Shapes] = {}
+
+    def all(self, cores: Cores, numbers: Ints) -> None:
+        """Look at every core, or prove that it is too large or too slow. ``numbers`` [cores] are the plans of each."""
+        weights = weight_bytes(self.setting, cores, self.decided)
+        bound = core_bounds(self.setting, cores, weights)
+        room = bound.memory <= self.setting.cluster.device.memory_bytes
+        self.tally[MEMORY] += int(numbers[~room].sum())
+        order = np.flatnonzero(room)[np.argsort(bound.seconds[room], kind="stable")]
+        step = FIRST_CORES
+        while len(order):
+            soon = int(np.searchsorted(bound.seconds[order], self.ranking.threshold, side="right"))
+            self._leave_out(bound.seconds[order[soon:]], numbers[order[soon:]])
+            now, order = order[: min(step, soon)], order[min(step, soon) : soon]
+            if len(now):
+                ground = self._ground(cores.select(now), (weights[0][now], weights[1][now]))
+                self._look_at(ground, candidates_of(ground, self.ranking.threshold, self.tally))
+            step = min(16 * step, MOST_CORES)
+
+    def _ground(self, cores: Cores, weights: tuple[Floats, Floats]) -> Ground:
+        return Ground(
+            setting=self.setting, space=self.space, decided=self.decided, cores=cores,
+            pieces=price_pieces(self.setting, cores, self.decided), weights=weights,
+            around=cores.holdings.sum(axis=1), shapes=self.shapes,
+        )  # fmt: skip
+
+    def _leave_out(self, seconds: Floats, numbers: Ints) -> None:
+        """Slower than what is to be beaten, by a bound."""
+        if len(seconds):
+            self.bound_s = min(self.bound_s, float(seconds.min()))
+            self.tally[SLOWER] += int(numbers.sum())
+
+    def _look_at(self, ground: Ground, candidates: Candidates) -> None:
+        """Price candidates in the order of their bounds."""
+        candidates = candidates.select(np.argsort(candidates.seconds, kind="stable"))
+        step = FIRST_CANDIDATES
+        while len(candidates):
+            soon = int(np.searchsorted(candidates.seconds, self.ranking.threshold, side="right"))
+            late = candidates.select(np.arange(soon, len(candidates)))
+            self._leave_out(late.seconds, ground.around[late.core])
+            now = min(step, soon)
+            self._price(ground, candidates.select(np.arange(now)))
+            candidates, step = candidates.select(np.arange(now, soon)), min(4 * step, MOST_CANDIDATES)
+
+    def _price(self, ground: Ground, chosen: Candidates) -> None:
+        """Price candidates with every way of holding state."""
+        row, holding = np.nonzero(ground.cores.holdings[chosen.core])
+        core = chosen.core[row]
+        plans = assemble(
+            self.setting, ground.cores, self.decided, core, chosen.pipe[row], chosen.recompute[row], holding
+        )
+        rows = ground.pieces.rows[core]
+        if self.unsupported is not None:
+            runs = np.asarray([not self.unsupported(plans.plan(i)) for i in range(len(plans))], dtype=np.bool_)
+            self.tally["runtime"] += int(np.count_nonzero(~runs))
+            plans, rows = plans.select(runs), rows[runs]
+        if not len(plans):
+            return
+        costs = estimate_many(self.setting, plans, (ground.pieces.prices, rows))
+        self.priced += len(plans)
+        device = costs.memory_bytes <= self.setting.cluster.device.memory_bytes
+        fits = costs.fits(self.setting)
+        self.tally[MEMORY] += int(np.count_nonzero(~device))
+        self.tally["host memory"] += int(np.count_nonzero(device & ~fits))
+        self.ranking.add(plans.select(fits), costs.step_s[fits], costs.memory_bytes[fits])
+
+
+def _no_plan(setting: Setting, decided: Decisions, cores: Cores, tally: Mapping[str, int]) -> str:
+    reasons = ", ".join(f"{number} by {reason}" for reason, number in tally.items() if number)
+    world, batch = setting.cluster.world_size, setting.workload.global_batch
+    smallest = _smallest(setting, decided, cores) if len(cores) else None
+    if smallest is None:
+        return (
+            f"no layout of {world} ranks fits the model and the batch of {batch} ({reasons}): change the number of "
+            "devices or the global batch"
+        )
+    device = setting.cluster.device
+    need, limit = smallest.memory_bytes / GIB, device.memory_bytes / GIB
+    items = sorted(((size / GIB, name) for name, size in smallest.memory.items()), reverse=True)
+    largest = ", ".join(f"{name} {size:.1f}" for size, name in items[:3])
+    return (
+        f"no plan fits in memory ({reasons}). The nearest miss, {smallest.plan.slug}, needs {need:.1f} GiB of "
+        f"{limit:.1f} GiB per device ({largest}): use more devices, devices with more memory or a smaller model"
+    )
+
+
+def _smallest(setting: Setting, decided: Decisions, cores: Cores) -> Estimate | None:
+    """Of the cores whose bound of memory is least, the plan that needs the least."""
+    weights = weight_bytes(setting, cores, decided)
+    fewest = np.argsort(core_bounds(setting, cores, weights).memory, kind="stable")[:SMALLEST_CORES]
+    cores = cores.select(fewest)
+    plans = listed(setting, cores, decided)
+    alive = np.ones(len(plans), dtype=np.bool_)
+    for index in range(len(plans)):
+        plan = plans.plan(index)
+        alive[index] = not violations(plan, setting.graph, setting.workload, setting.cluster.world_size)
+    plans = plans.select(alive)
+    if not len(plans):
+        return None
+    memory = estimate_many(setting, plans).memory_bytes
+    return estimate(setting, plans.plan(int(np.argmin(memory))))

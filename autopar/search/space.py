@@ -70,7 +70,7 @@ class Space:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cores:
-    """Cores as equally long arrays, and which of the space's shardings each can have, [cores, shardings]."""
+    """Cores as equally long arrays, and which ways of holding state each can have, [cores, holdings]."""
 
     tp: Ints
     cp: Ints
@@ -81,7 +81,7 @@ class Cores:
     order: Ints
     microbatch: Ints
     sp: Bools
-    shardings: Bools
+    holdings: Bools
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -105,8 +105,8 @@ class Decisions:
         splits: blocks per virtual stage, by code; the first is the engine's own.
         recompute, modules, layers: of every recomputation; the first ``whole_recomputes`` go with all pipes, the
             others, of the first k blocks, with those whose stages have more than k.
-        zero, in_node: sharding stage of each sharding, and whether ranks of a node shard by themselves.
-        offload: whether optimizer state is on the device, in host memory, or either.
+        zero, in_node, offload: sharding stage of every way of holding state, whether the ranks of a node shard by
+            themselves, and whether optimizer state lies in host memory, [holdings].
     """
 
     pipe_vp: Ints
@@ -121,7 +121,7 @@ class Decisions:
     whole_recomputes: int
     zero: Ints
     in_node: Bools
-    offload: tuple[bool, ...]
+    offload: Bools
 
     @property
     def partial(self) -> bool:
@@ -130,7 +130,7 @@ class Decisions:
 
     def recomputes(self, pipes: Ints) -> Ints:
         """Number of recomputations that go with each pipe."""
-        return self.whole_recomputes + (np.maximum(self.most_blocks[pipes] - 1, 0) if self.partial else 0)
+        return self.whole_recomputes + self.partial * np.maximum(self.most_blocks[pipes] - 1, 0)
 
 
 def divisors(number: int) -> tuple[int, ...]:
@@ -161,7 +161,7 @@ def cores_of(setting: Setting, space: Space, decided: Decisions) -> Cores:
     return Cores(
         **{name: column for name, column in columns.items() if name != "sp"},
         sp=columns["sp"].astype(np.bool_),
-        shardings=_shardings(setting, columns, decided),
+        holdings=_holdings(setting, columns, decided),
     )
 
 
@@ -242,19 +242,19 @@ def _microbatches(setting: Setting, space: Space, dp: Ints) -> tuple[Ints, Ints,
     return numbers[inverse], values, (np.cumsum(numbers) - numbers)[inverse]
 
 
-def _shardings(setting: Setting, columns: Mapping[str, Ints], decided: Decisions) -> Bools:
+def _holdings(setting: Setting, columns: Mapping[str, Ints], decided: Decisions) -> Bools:
     tp, cp, dp, order = (columns[name] for name in ("tp", "cp", "dp", "order"))
     many = dp * cp > 1
     inside = shards_in_node(setting, tp, cp, columns["pp"], dp, order)
     divides = (inside > 1) & (inside < dp) & (dp % inside == 0)
     mixed = np.asarray(["dp-cp" in name for name in ORDER_CODES])[order] & (cp > 1)
-    return np.stack(
-        [
-            np.ones_like(many) if zero == 0 else many & divides & ~mixed if in_node else many
-            for zero, in_node in zip(decided.zero.tolist(), decided.in_node.tolist(), strict=True)
-        ],
-        axis=1,
-    )
+    found = []
+    for zero, in_node, offload in zip(decided.zero, decided.in_node, decided.offload, strict=True):
+        if zero == 0:
+            found.append(~many if offload else np.ones_like(many))
+        else:
+            found.append(many & divides & ~mixed if in_node else many)
+    return np.stack(found, axis=1)
 
 
 def shards_in_node(setting: Setting, tp: Ints, cp: Ints, pp: Ints, dp: Ints, order: Ints) -> Ints:
@@ -305,7 +305,7 @@ def _uneven_splits(blocks: int, stages: int) -> tuple[tuple[int, ...], ...]:
             split = (each - first_fewer, *[each] * (stages - 2), each - last_fewer)
             if split != even_split(blocks, stages):
                 found.append(split)
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def decisions(setting: Setting, space: Space) -> Decisions:
@@ -327,37 +327,43 @@ def decisions(setting: Setting, space: Space) -> Decisions:
     if space.partial_recompute and offered.partial_recompute and Recompute.FULL in space.recompute:
         options += [(FULL, 0, k) for k in range(1, graph.num_blocks)]
     kinds = np.asarray(options, dtype=np.int64).reshape(-1, 3).T
-    sharded = [(zero, in_node) for zero in setting.stack.data.shardable for in_node in (False, True)[: 1 + (zero > 0)]]
+    hosted = space.offload and offered.offload and setting.cluster.device.host is not None
+    held = [
+        (zero, in_node, offload)
+        for offload in (False, True)[: 1 + hosted]
+        for zero in setting.stack.data.shardable
+        for in_node in (False, True)[: 1 + (zero > 0)]
+    ]
     return Decisions(
         pipe_vp=vp, pipe_schedule=schedule, pipe_split=split, most_blocks=most, splits=splits,
         pipes_of={pp: np.asarray(indices) for pp, indices in pipes_of.items()},
         recompute=kinds[0], modules=kinds[1], layers=kinds[2], whole_recomputes=whole,
-        zero=np.asarray([zero for zero, _ in sharded]), in_node=np.asarray([node for _, node in sharded]),
-        offload=(False,),
+        zero=np.asarray([zero for zero, _, _ in held]), in_node=np.asarray([in_node for _, in_node, _ in held]),
+        offload=np.asarray([offload for _, _, offload in held]),
     )  # fmt: skip
 
 
 def number_of_plans(cores: Cores, decided: Decisions) -> Ints:
     """Plans around each core."""
-    each = {pp: int(decided.recomputes(pipes).sum()) for pp, pipes in decided.pipes_of.items()}
-    around = np.asarray([each.get(pp, 0) for pp in cores.pp.tolist()], dtype=np.int64)
-    return around * cores.shardings.sum(axis=1) * len(decided.offload)
+    degrees, which = np.unique(cores.pp, return_inverse=True)
+    nothing = np.zeros(0, dtype=np.int64)
+    each = [int(decided.recomputes(decided.pipes_of.get(pp, nothing)).sum()) for pp in degrees.tolist()]
+    return np.asarray(each, dtype=np.int64)[which] * cores.holdings.sum(axis=1)
 
 
 def assemble(
-    setting: Setting, cores: Cores, decided: Decisions, core: Ints, pipe: Ints, recompute: Ints, sharding: Ints,
-    offload: Bools,
-) -> PlanArrays:  # fmt: skip
-    """Plans of these cores, pipes, recomputations and shardings, as equally long indices."""
-    zero, dp = decided.zero[sharding], cores.dp[core]
+    setting: Setting, cores: Cores, decided: Decisions, core: Ints, pipe: Ints, recompute: Ints, holding: Ints
+) -> PlanArrays:
+    """Plans of these cores, pipes, recomputations and holdings, as equally long indices."""
+    zero, dp = decided.zero[holding], cores.dp[core]
     inside = shards_in_node(setting, cores.tp[core], cores.cp[core], cores.pp[core], dp, cores.order[core])
-    shards = np.where(zero == 0, 1, np.where(decided.in_node[sharding], inside, dp))
+    shards = np.where(zero == 0, 1, np.where(decided.in_node[holding], inside, dp))
     return PlanArrays(
         tp=cores.tp[core], cp=cores.cp[core], pp=cores.pp[core], vp=decided.pipe_vp[pipe],
         dp_replicate=dp // shards, dp_shard=shards, microbatch=cores.microbatch[core], zero=zero, sp=cores.sp[core],
         recompute=decided.recompute[recompute], schedule=decided.pipe_schedule[pipe], ep=cores.ep[core],
         etp=cores.etp[core], order=cores.order[core], modules=decided.modules[recompute],
-        recompute_layers=decided.layers[recompute], offload=offload, split=decided.pipe_split[pipe],
+        recompute_layers=decided.layers[recompute], offload=decided.offload[holding], split=decided.pipe_split[pipe],
         splits=decided.splits,
     )  # fmt: skip
 
@@ -366,16 +372,16 @@ def enumerate_plans(setting: Setting, space: Space | None = None) -> PlanArrays:
     """All plans of a space, feasible or not: for spaces small enough to list."""
     space = space or Space()
     decided = decisions(setting, space)
-    cores = cores_of(setting, space, decided)
+    return listed(setting, cores_of(setting, space, decided), decided)
+
+
+def listed(setting: Setting, cores: Cores, decided: Decisions) -> PlanArrays:
+    """All plans around cores."""
     rows = [
-        (core, pipe, again, sharding, offload)
+        (core, pipe, again, holding)
         for core, pp in enumerate(cores.pp.tolist())
-        for pipe, agains in zip(
-            decided.pipes_of.get(pp, ()), decided.recomputes(decided.pipes_of.get(pp, np.zeros(0, int))), strict=True
-        )
-        for again in range(int(agains))
-        for sharding in np.flatnonzero(cores.shardings[core])
-        for offload in decided.offload
+        for pipe in decided.pipes_of.get(pp, np.zeros(0, dtype=np.int64))
+        for again in range(int(decided.recomputes(pipe)))
+        for holding in np.flatnonzero(cores.holdings[core])
     ]
-    core, pipe, again, sharding, offload = np.asarray(rows, dtype=np.int64).reshape(-1, 5).T
-    return assemble(setting, cores, decided, core, pipe, again, sharding, offload.astype(np.bool_))
+    return assemble(setting, cores, decided, *np.asarray(rows, dtype=np.int64).reshape(-1, 4).T)
