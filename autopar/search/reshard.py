@@ -8,6 +8,7 @@ holder was lost, from a checkpoint. Several copies of the same bytes are one sou
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.errors import PlanError
+from autopar.errors import InputError, PlanError
 from autopar.estimate.setting import Setting
 from autopar.plan import Plan
 from autopar.search.ownership import (
@@ -80,6 +81,25 @@ def origins(old_world: int, new_world: int, lost: Collection[int] = ()) -> Ints:
     survivors = np.setdiff1d(np.arange(old_world), np.asarray(sorted(lost), dtype=np.int64))[:new_world]
     found[: len(survivors)] = survivors
     return found
+
+
+_LOST = re.compile(r"(?P<node>node)?(?P<first>\d+)(-(?P<last>\d+))?")
+
+
+def parse_lost(text: str, devices_per_node: int, old_world: int) -> frozenset[int]:
+    """Parse ``3,17``, ``8-15`` or ``node2,node4-5`` into old ranks. Raises InputError."""
+    found: set[int] = set()
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        match = _LOST.fullmatch(word)
+        if not match:
+            raise InputError(f"lost '{word}' is not a rank (3), ranks (8-15), a node (node2) or nodes (node4-5)")
+        size = devices_per_node if match["node"] else 1
+        first, last = int(match["first"]), int(match["last"] or match["first"])
+        ranks = range(first * size, (last + 1) * size)
+        if not ranks or ranks[-1] >= old_world:
+            raise InputError(f"lost '{word}' is outside of the old plan's ranks 0-{old_world - 1}")
+        found.update(ranks)
+    return frozenset(found)
 
 
 def reshard(setting: Setting, old: Plan, new: Plan, *, origin: Ints, lost: Collection[int] = ()) -> Reshard:
