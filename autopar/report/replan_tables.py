@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +49,18 @@ def replan_columns(found: Replanning) -> list[Column]:
     ]
 
 
+def ranges_text(numbers: Sequence[int]) -> str:
+    """Numbers with runs drawn together, -1 as ``+``: ``0-3 8 +``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number >= 0 and number == runs[-1][-1] + 1 and runs[-1][0] >= 0:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = ["+" if run[0] < 0 else str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return " ".join(words)
+
+
 def _inside(option: Option) -> float:
     """Bytes that come from the same node."""
     return 0.0 if option.from_checkpoint else float(option.move.inside.sum())
@@ -72,6 +85,9 @@ def replan_sentences(found: Replanning) -> list[str]:
                 f"{name.capitalize()} plan: moving takes {format_seconds(option.links_s)} over the links, "
                 f"{format_seconds(option.storage_s)} through checkpoint storage."
             )
+    if found.new.node_order and found.new.restarts and not found.new.from_checkpoint:
+        order = ranges_text(found.new.node_order)
+        lines.append(f"Start the new plan's nodes in this order of their old numbers (+ is a new machine): {order}.")
     if any(option.restarts for _, option in _options(found)):
         storage = significant(found.costs.storage_bandwidth / GB)
         again = (
@@ -148,4 +164,5 @@ def _option_json(option: Option) -> dict[str, Any]:
         "from_checkpoint": option.from_checkpoint,
         "restarts": option.restarts,
         "switch_s": option.switch_s,
+        "node_order": list(option.node_order),
     }

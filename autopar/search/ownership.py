@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from autopar.estimate.stages import engine_split
 from autopar.graph import OpGraph, Parameter, Split
+from autopar.layout import Layout
 from autopar.plan import V_SCHEDULES, Plan
 from autopar.schedule.notation import rank_of_stage
 from autopar.shard import EXPERT_SPLITS
@@ -156,7 +157,7 @@ def places_of(plan: Plan, graph: OpGraph) -> Places:
     return Places(pipeline=at["pp"], dense=dense, experts=experts, zero=plan.zero_stage)
 
 
-def _index(layout: Any, axis: str) -> Ints:
+def _index(layout: Layout, axis: str) -> Ints:
     """Position of every rank along an axis."""
     found = np.zeros(layout.world_size, dtype=np.int64)
     for group in layout.groups(axis):

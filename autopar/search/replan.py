@@ -21,6 +21,7 @@ from autopar.layout import Layout
 from autopar.model.build import build_graph
 from autopar.plan import Plan, PlanFile, Rejected, violations
 from autopar.search.exhaustive import search
+from autopar.search.renumber import node_order, origins_of
 from autopar.search.reshard import Reshard, origins, reshard
 from costmodels.hardware import Cluster
 from costmodels.stack import Stack
@@ -64,6 +65,7 @@ class Option:
         from_checkpoint: state is lost, so that all ranks go back to the last checkpoint.
         restarts: whether anything changes.
         switch_s: seconds until the first new step: the way taken, the restart, and steps that are run again.
+        node_order: old node at each new one, -1 for a machine without state; empty: ranks keep their numbers.
     """
 
     estimate: Estimate
@@ -73,6 +75,7 @@ class Option:
     from_checkpoint: bool
     restarts: bool
     switch_s: float
+    node_order: tuple[int, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -135,6 +138,7 @@ def replan(
     lost: Collection[int] = (),
     remaining_steps: float | None = None,
     costs: Costs | None = None,
+    renumber: bool = False,
     top: int = 10,
 ) -> Replanning:
     """Plan anew for a changed cluster.
@@ -146,6 +150,8 @@ def replan(
         remaining_steps: that the run has still to do; then the plan is chosen, among the ``top`` fastest and the old
             one, whose switch and remaining steps take least.
         costs: of switching.
+        renumber: start the nodes in the order that leaves most bytes in place, instead of by their old numbers.
+        top: plans to choose from.
 
     Raises:
         NoFeasiblePlan: nothing fits the new cluster.
@@ -156,7 +162,7 @@ def replan(
         costs = dataclasses.replace(costs, storage_bandwidth=STORAGE_PER_DEVICE * setting.cluster.world_size)
 
     def option(found: Estimate) -> Option:
-        return price_switch(setting, old.plan, found, lost=lost, costs=costs)
+        return price_switch(setting, old.plan, found, lost=lost, costs=costs, renumber=renumber)
 
     carried = carry_over(setting, old.plan)
     kept = None if isinstance(carried, Rejected) else option(carried)
@@ -246,10 +252,15 @@ def _part_of(cluster: Cluster, ranks: int) -> Cluster | None:
     return None
 
 
-def price_switch(setting: Setting, old: Plan, found: Estimate, *, lost: Collection[int], costs: Costs) -> Option:
-    """What going on with a plan costs a run that has been under ``old``."""
-    ranks = found.plan.layout.world_size
-    origin = origins(old.layout.world_size, ranks, lost)
+def price_switch(
+    setting: Setting, old: Plan, found: Estimate, *, lost: Collection[int], costs: Costs, renumber: bool = False
+) -> Option:
+    """What going on with a plan costs a run that has been under ``old``; arguments as of ``replan``."""
+    order = node_order(setting, old, found.plan, lost=lost) if renumber else None
+    if order is None:
+        origin = origins(old.layout.world_size, found.plan.layout.world_size, lost)
+    else:
+        origin = origins_of(order, setting.cluster.devices_per_node, lost)
     move = reshard(setting, old, found.plan, origin=origin, lost=lost)
     from_checkpoint = bool(move.lost.any())
     restarts = found.plan != old or bool(lost)
@@ -259,7 +270,7 @@ def price_switch(setting: Setting, old: Plan, found: Estimate, *, lost: Collecti
     switch = (storage if from_checkpoint else links) + costs.restart_s + again if restarts else 0.0
     return Option(
         estimate=found, move=move, links_s=links, storage_s=storage, from_checkpoint=from_checkpoint,
-        restarts=restarts, switch_s=switch,
+        restarts=restarts, switch_s=switch, node_order=() if order is None else tuple(order.tolist()),
     )  # fmt: skip
 
 

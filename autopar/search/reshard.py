@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,6 @@ from autopar.search.ownership import (
     KINDS,
     Ints,
     Pipelined,
-    Places,
     Rectangles,
     pipelined_weights,
     places_of,
@@ -115,23 +114,48 @@ def reshard(setting: Setting, old: Plan, new: Plan, *, origin: Ints, lost: Colle
     assert len(origin) == world, "one origin per rank of the new plan"
     alive = np.ones(old.layout.world_size, dtype=np.bool_)
     alive[sorted(lost)] = False
-    before, after = places_of(old, setting.graph), places_of(new, setting.graph)
-    width = {"weights": float(setting.weight_bytes), "state": float(setting.state_bytes)}
     totals = {name: np.zeros(world) for name in ("needed", "kept", "inside", "across", "lost")}
     by_label: dict[str, float] = defaultdict(float)
-    model = 0.0
     near = _Neighbours.of(origin, setting.cluster.domain)
+    for part in held_kinds(setting, old, new):
+        elements = _elements(part, origin, alive, near)
+        scale = part.weights.count * part.width
+        for name, number in elements.items():
+            totals[name] += scale * number
+        by_label[part.weights.label] += scale * float((elements["inside"] + elements["across"]).sum())
+    per_weight = setting.weight_bytes + setting.state_bytes
+    return Reshard(**totals, moved_by_label=dict(by_label), model_bytes=per_weight * setting.graph.num_parameters)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldKind:
+    """One kind (weights or state) of equal weights: what ranks held of it, and what they need.
+
+    Attributes:
+        held, wanted: by every old rank, by every new rank.
+        width: bytes per element.
+    """
+
+    weights: Pipelined
+    held: Rectangles
+    wanted: Rectangles
+    width: float
+
+
+def held_kinds(setting: Setting, old: Plan, new: Plan) -> Iterator[HeldKind]:
+    """Everything that the new plan needs."""
+    before, after = places_of(old, setting.graph), places_of(new, setting.graph)
+    width = {"weights": float(setting.weight_bytes), "state": float(setting.state_bytes)}
     for weights in pipelined_weights(setting.graph, setting.stack, old, new):
-        model += weights.count * weights.elements * sum(width.values())
         for kind in KINDS:
             if kind == "weights" and _casts(setting, new):
                 continue
-            elements = _elements(weights, kind, before, after, origin, alive, near)
-            scale = weights.count * width[kind]
-            for name, number in elements.items():
-                totals[name] += scale * number
-            by_label[weights.label] += scale * float((elements["inside"] + elements["across"]).sum())
-    return Reshard(**totals, moved_by_label=dict(by_label), model_bytes=model)
+            yield HeldKind(
+                weights=weights,
+                held=rectangles(weights, before, kind, new=False),
+                wanted=rectangles(weights, after, kind, new=True),
+                width=width[kind],
+            )
 
 
 def _casts(setting: Setting, plan: Plan) -> bool:
@@ -155,18 +179,9 @@ class _Neighbours:
         return _Neighbours(members=members.reshape(domains, size), domain=np.arange(len(origin)) // size)
 
 
-def _elements(
-    weights: Pipelined,
-    kind: str,
-    before: Places,
-    after: Places,
-    origin: Ints,
-    alive: NDArray[np.bool_],
-    near: _Neighbours,
-) -> dict[str, Ints]:
+def _elements(part: HeldKind, origin: Ints, alive: NDArray[np.bool_], near: _Neighbours) -> dict[str, Ints]:
     """Elements of one weight that each new rank needs, and where they are, [ranks] each."""
-    held = rectangles(weights, before, kind, new=False)
-    wanted = rectangles(weights, after, kind, new=True)
+    held, wanted = part.held, part.wanted
     needed = wanted.area
     zeros = np.zeros_like(needed)
     found = {"needed": needed, "kept": zeros, "inside": zeros, "across": zeros, "lost": zeros}
