@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from autopar.estimate.stages import engine_split
 from autopar.graph import OpGraph, Parameter, Split
-from autopar.layout import Layout
 from autopar.plan import V_SCHEDULES, Plan
 from autopar.schedule.notation import rank_of_stage
 from autopar.shard import EXPERT_SPLITS
@@ -137,31 +136,34 @@ class Places:
 
 
 def places_of(plan: Plan, graph: OpGraph) -> Places:
-    """Positions of all ranks of a plan. Shards as in ``estimate.dataparallel.weight_groups``."""
+    """Positions of all ranks of a plan. Shards as in ``estimate.dataparallel.weight_groups``, in the order of ranks."""
     layout = plan.layout
     rows = [layout.coordinates(rank) for rank in range(layout.world_size)]
-    at = {axis: np.asarray([row[axis] for row in rows]) for axis in ("pp", "tp", "cp", "dp_shard")}
-    sharded = plan.zero_stage > 0
+    at = {axis: np.asarray([row[axis] for row in rows], dtype=np.int64) for axis in ("pp", "tp", "dp_replicate")}
+    shards = layout.dp_shard * layout.cp if plan.zero_stage else 1
+    together = (at["pp"] * layout.tp + at["tp"]) * layout.dp_replicate + at["dp_replicate"]
     dense = Division(
         unit=np.zeros_like(at["tp"]), unit_degree=1, part=at["tp"], part_degree=layout.tp,
-        shard=at["dp_shard"] * layout.cp + at["cp"], shard_degree=layout.dp_shard * layout.cp if sharded else 1,
+        shard=_place_among_equals(together), shard_degree=shards,
     )  # fmt: skip
     if not graph.num_experts:
         return Places(pipeline=at["pp"], dense=dense, experts=None, zero=plan.zero_stage)
-    replicas = layout.dp * layout.cp // dense.shard_degree
-    shards = max(layout.edp // replicas, 1) if dense.shard_degree > 1 else 1
+    in_stage = _place_among_equals(at["pp"])
+    replicas = layout.dp * layout.cp // shards
+    expert_shards = max(layout.edp // replicas, 1) if shards > 1 else 1
     experts = Division(
-        unit=_index(layout, "ep"), unit_degree=layout.ep, part=_index(layout, "etp"), part_degree=layout.etp,
-        shard=_index(layout, "edp") % shards, shard_degree=shards,
+        unit=in_stage // layout.etp % layout.ep, unit_degree=layout.ep,
+        part=in_stage % layout.etp, part_degree=layout.etp,
+        shard=in_stage // (layout.ep * layout.etp) % expert_shards, shard_degree=expert_shards,
     )  # fmt: skip
     return Places(pipeline=at["pp"], dense=dense, experts=experts, zero=plan.zero_stage)
 
 
-def _index(layout: Layout, axis: str) -> Ints:
-    """Position of every rank along an axis."""
-    found = np.zeros(layout.world_size, dtype=np.int64)
-    for group in layout.groups(axis):
-        found[list(group)] = np.arange(len(group))
+def _place_among_equals(keys: Ints) -> Ints:
+    """Of every rank, how many before it have the same key; all keys are equally frequent."""
+    order = np.argsort(keys, kind="stable")
+    found = np.empty_like(order)
+    found[order] = np.arange(len(keys)) % np.count_nonzero(keys == keys[0])
     return found
 
 
@@ -177,7 +179,7 @@ class Rectangles:
     @property
     def area(self) -> Ints:
         """Elements."""
-        return np.maximum(self.last - self.first, 0) * np.maximum(self.high - self.low, 0)
+        return np.asarray(np.maximum(self.last - self.first, 0) * np.maximum(self.high - self.low, 0))
 
     def at(self, index: Any) -> Rectangles:
         """Those at an index, mask or slice."""

@@ -35,8 +35,8 @@ def node_order(setting: Setting, old: Plan, new: Plan, *, lost: Collection[int] 
         return None
     stays = bytes_that_stay(setting, old, new, lost)
     places, machines = stays.shape
-    gone = np.isin(np.arange(machines * size), sorted(lost)).reshape(machines, size).all(axis=1)
-    present = np.flatnonzero(~gone)
+    gone = np.all(np.isin(np.arange(machines * size), sorted(lost)).reshape(machines, size), axis=1)
+    present = np.flatnonzero(np.logical_not(gone))
     usual = np.full(places, -1, dtype=np.int64)
     kept = np.arange(machines) if places >= machines else present[:places]
     usual[: len(kept)] = np.where(gone[kept], -1, kept)

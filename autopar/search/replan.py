@@ -34,7 +34,7 @@ STORAGE_PER_DEVICE = 2e12 / 16384
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Costs:
+class SwitchCosts:
     """What switching costs beside the bytes.
 
     Attributes:
@@ -113,7 +113,7 @@ class Replanning:
     kept: Option | None
     refused: Rejected | None
     remaining_steps: float | None
-    costs: Costs
+    costs: SwitchCosts
 
     @property
     def payback_steps(self) -> float | None:
@@ -137,7 +137,7 @@ def replan(
     *,
     lost: Collection[int] = (),
     remaining_steps: float | None = None,
-    costs: Costs | None = None,
+    costs: SwitchCosts | None = None,
     renumber: bool = False,
     top: int = 10,
 ) -> Replanning:
@@ -157,7 +157,7 @@ def replan(
         NoFeasiblePlan: nothing fits the new cluster.
         PlanError: a lost rank that the old plan did not have.
     """
-    costs = costs or Costs()
+    costs = costs or SwitchCosts()
     if not costs.storage_bandwidth:
         costs = dataclasses.replace(costs, storage_bandwidth=STORAGE_PER_DEVICE * setting.cluster.world_size)
 
@@ -253,7 +253,7 @@ def _part_of(cluster: Cluster, ranks: int) -> Cluster | None:
 
 
 def price_switch(
-    setting: Setting, old: Plan, found: Estimate, *, lost: Collection[int], costs: Costs, renumber: bool = False
+    setting: Setting, old: Plan, found: Estimate, *, lost: Collection[int], costs: SwitchCosts, renumber: bool = False
 ) -> Option:
     """What going on with a plan costs a run that has been under ``old``; arguments as of ``replan``."""
     order = node_order(setting, old, found.plan, lost=lost) if renumber else None

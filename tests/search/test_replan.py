@@ -13,7 +13,15 @@ from autopar.model.spec import ModelSpec
 from autopar.plan import PlanFile, Rejected, parse_slug
 from autopar.report.replan_tables import replan_json, replan_sentences, replan_table
 from autopar.search.exhaustive import search
-from autopar.search.replan import Costs, Replanning, carry_over, links_seconds, replan, setting_of, storage_seconds
+from autopar.search.replan import (
+    Replanning,
+    SwitchCosts,
+    carry_over,
+    links_seconds,
+    replan,
+    setting_of,
+    storage_seconds,
+)
 from autopar.search.reshard import origins, parse_lost, reshard
 from autopar.workload import Workload
 from costmodels.hardware import load_cluster
@@ -112,7 +120,7 @@ def test_nothing_changed() -> None:
 
 def test_a_move_pays_after_its_seconds_over_the_gain_per_step() -> None:
     old = plan_file("tp8.dp1.mb1.ac-full")
-    found = replan(old, on(old, "h100:1x8"), costs=Costs(restart_s=30))
+    found = replan(old, on(old, "h100:1x8"), costs=SwitchCosts(restart_s=30))
     assert found.kept is not None
     assert (found.kept.switch_s, found.kept.restarts) == (0.0, False)
     assert found.kept.plan == old.plan
@@ -137,7 +145,7 @@ def test_an_old_plan_that_has_to_restart_as_well_pays_for_it() -> None:
 
 def test_the_choice_for_the_remaining_steps_is_the_least_of_all() -> None:
     old = plan_file("tp2.dp4.mb1.ac-full")
-    setting, costs = on(old, "h100:1x8"), Costs(restart_s=30)
+    setting, costs = on(old, "h100:1x8"), SwitchCosts(restart_s=30)
     long_run = replan(old, setting, remaining_steps=1e6, costs=costs)
     short_run = replan(old, setting, remaining_steps=10, costs=costs)
     assert long_run.new.plan == search(setting, top=1).best[0].plan
@@ -150,7 +158,7 @@ def test_the_choice_for_the_remaining_steps_is_the_least_of_all() -> None:
 
 
 def test_lost_state_comes_from_replicas_or_from_the_checkpoint() -> None:
-    costs = Costs(restart_s=0, storage_bandwidth=1e9, steps_since_checkpoint=5)
+    costs = SwitchCosts(restart_s=0, storage_bandwidth=1e9, steps_since_checkpoint=5)
     doubled = plan_file("dp8.z1.mb1.rep2")
     kept = replan(doubled, on(doubled, "h100:1x8"), lost={3}, costs=costs).kept
     assert kept is not None
@@ -222,4 +230,4 @@ def test_lost_ranks_are_parsed() -> None:
 
 def test_costs_are_not_negative() -> None:
     with pytest.raises(InputError, match="restart_s is -1"):
-        Costs(restart_s=-1)
+        SwitchCosts(restart_s=-1)

@@ -12,7 +12,7 @@ from autopar.errors import PlanError
 from autopar.estimate import Setting
 from autopar.model.build import build_graph
 from autopar.model.spec import ModelSpec
-from autopar.plan import Plan, parse_slug
+from autopar.plan import V_SCHEDULES, Plan, parse_slug
 from autopar.search.reshard import Reshard, origins, reshard
 from autopar.workload import Workload
 from costmodels.hardware import load_cluster
@@ -55,7 +55,9 @@ def owned(setting: Setting, plan: Plan, kind: str) -> np.ndarray:
     sharded = plan.zero_stage >= {"weights": 3, "state": 1}[kind]
     blocks = plan.blocks_of_stages(graph.num_blocks)
     stage_of_block = [stage for stage, number in enumerate(blocks) for _ in range(number)]
-    expert = {axis: {r: i for g in layout.groups(axis) for i, r in enumerate(g)} for axis in ("ep", "etp", "edp")}
+    equal = ("edp",) if layout.ep * layout.etp > 1 else ("dp_replicate", "dp_shard", "cp", "tp")
+    axes = {"ep": ("ep",), "etp": ("etp",), "edp": equal, "shard": ("dp_shard", "cp")}
+    place = {name: {r: i for g in layout.groups(*of) for i, r in enumerate(g)} for name, of in axes.items()}
     numbers, total = {}, 0
     for parameter in graph.parameters():
         numbers[parameter.name] = np.arange(total, total := total + parameter.elements)
@@ -64,19 +66,20 @@ def owned(setting: Setting, plan: Plan, kind: str) -> np.ndarray:
         at = layout.coordinates(rank)
         inside = 0 <= op.block < graph.num_blocks
         stage = stage_of_block[op.block] if inside else 0 if op.block < 0 else len(blocks) - 1
-        if stage % layout.pp != at["pp"]:
+        turns_back = plan.schedule in V_SCHEDULES and stage >= layout.pp
+        if (2 * layout.pp - 1 - stage if turns_back else stage % layout.pp) != at["pp"]:
             continue
         for p in op.parameters:
             elements = numbers[p.shared_with or p.name]
             if p.split.value.startswith("expert"):
-                mine = part(elements.reshape(graph.num_experts, -1), expert["ep"][rank], layout.ep)
-                units = [part(unit, expert["etp"][rank], layout.etp) for unit in mine]
+                mine = part(elements.reshape(graph.num_experts, -1), place["ep"][rank], layout.ep)
+                units = [part(unit, place["etp"][rank], layout.etp) for unit in mine]
                 replicas = layout.dp_replicate if plan.zero_stage else layout.dp * layout.cp
                 shards = max(layout.edp // replicas, 1)
-                index = expert["edp"][rank] % shards
+                index = place["edp"][rank] % shards
             else:
                 units = [elements if p.split.value in ("none", "tokens") else part(elements, at["tp"], layout.tp)]
-                shards, index = layout.dp_shard * layout.cp, at["dp_shard"] * layout.cp + at["cp"]
+                shards, index = layout.dp_shard * layout.cp, place["shard"][rank]
             for unit in units:
                 found[rank, part(unit, index, shards) if sharded else unit] = True
     return found
@@ -105,11 +108,12 @@ def by_counting(setting: Setting, old: Plan, new: Plan, lost: tuple[int, ...]) -
 DENSE_PLANS = [
     "dp2.mb1", "dp4.mb1", "dp4.z1.mb1", "dp3.z3.mb1", "dp4.z2.mb1.rep2", "tp2.dp3.z1.mb1", "tp3.mb1", "tp2.pp2.mb1",
     "pp5.mb1", "pp2.vp2.dp2.z1.mb1", "cp2.dp2.z1.mb1", "cp2.tp2.z3.mb1", "tp6.mb1", "pp3.dp2.z3.mb1.split-1-1-3",
-    "tp3.pp2.dp2.z1.mb1", "dp1.mb1",
+    "tp3.pp2.dp2.z1.mb1", "dp1.mb1", "tp2.pp2.dp2.z1.mb1.order-tp-pp-cp-dp", "cp2.dp2.z3.mb1.order-tp-dp-cp-pp",
+    "tp2.pp2.dp3.z1.mb1.order-pp-cp-dp-tp", "pp2.vp2.dp2.z1.mb1.sched-zb-v",
 ]  # fmt: skip
 MOE_PLANS = [
     "dp4.mb1", "ep2.dp4.z1.mb1", "ep3.dp3.z3.mb1", "ep2.etp2.tp2.dp2.z1.mb1", "pp2.ep6.dp6.z1.mb1", "tp2.ep2.dp4.mb1",
-    "ep2.dp4.z1.mb1.rep2", "tp3.pp2.ep3.dp2.z1.mb1", "cp2.ep4.dp2.z3.mb1",
+    "ep2.dp4.z1.mb1.rep2", "tp2.pp2.dp2.z1.mb1.order-tp-pp-cp-dp", "tp3.pp2.ep3.dp2.z1.mb1", "cp2.ep4.dp2.z3.mb1",
 ]  # fmt: skip
 
 
