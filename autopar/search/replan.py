@@ -199,16 +199,16 @@ def carry_over(setting: Setting, plan: Plan) -> Estimate | Rejected:
             detail=f"one replica of the old plan takes tp*cp*pp={group} ranks, but there are {world}",
             numbers={"replica": group, "world_size": world},
         )
-    refused: Rejected | None = None
+    refused: list[Rejected] = []
     for dp in range(world // group, 0, -1):
         found = _carried(setting, plan, dp)
         if not isinstance(found, Rejected):
             return found
-        refused = refused or found
+        refused.append(found)
         if found.reason == "memory":  # fewer replicas have no more room
             break
-    assert refused is not None
-    return refused
+    first, last = refused[0], refused[-1]
+    return last if first is last else dataclasses.replace(last, detail=f"{first.detail}; {last.detail}")
 
 
 def _carried(setting: Setting, plan: Plan, dp: int) -> Estimate | Rejected:

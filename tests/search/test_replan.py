@@ -95,6 +95,9 @@ def test_why_the_old_plan_cannot_run() -> None:
     memory = refused("dp8.mb1", "h100:1x8", dataclasses.replace(SMALL, hidden_size=8192, ffn_size=32768))
     assert memory.reason == "memory"
     assert memory.numbers["memory_gib"] > memory.numbers["limit_gib"]
+    # 48 sequences are no multiple of 5, and 4 ranks have too little memory.
+    both = refused("dp8.mb1", "h100:5x1", dataclasses.replace(SMALL, hidden_size=8192, ffn_size=32768))
+    assert "does not divide the global batch of 48; with dp=4 it needs" in both.detail
     experts = dataclasses.replace(SMALL, num_experts=8, top_k=2, expert_ffn_size=1024)
     assert "ep*etp=8 does not divide" in refused("ep8.dp8.mb1", "h100:1x6", experts).detail
 

@@ -122,7 +122,7 @@ def lost_ranks(draw: st.DrawFn, world: int) -> tuple[int, ...]:
     return tuple(sorted(draw(st.sets(st.integers(0, world - 1), max_size=min(world, 4)))))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data(), st.sampled_from(["1x2", "1x4", "1x3"]))
 def test_bytes_equal_those_counted_element_by_element(data: st.DataObject, nodes: str) -> None:
     spec, plans = data.draw(st.sampled_from([(DENSE, DENSE_PLANS), (MOE, MOE_PLANS)]))
