@@ -28,8 +28,9 @@ class Neighbour:
 def neighbours(setting: Setting, plan: Plan) -> tuple[Neighbour, ...]:
     """All plans one decision away, each once, violations of the model or batch not yet looked at.
 
-    Decisions: recomputation (selective by module, full for some or all blocks), ZeRO stage, microbatch, and each
-    degree, for which data parallelism makes room or takes what is left. The world size becomes that of the cluster.
+    Decisions: recomputation (selective by module, full for some or all blocks), ZeRO stage, microbatch, offload, the
+    usual schedule in place of another, and each degree, for which data parallelism makes room or takes what is left.
+    The world size becomes that of the cluster.
     """
     found: dict[str, Neighbour] = {}
     for kind, words, make in _changes(setting, plan):
@@ -50,6 +51,9 @@ def _changes(setting: Setting, plan: Plan) -> Iterator[Change]:
     yield from _shardings(setting, plan)
     yield from _microbatches(setting, plan)
     yield from _degrees(setting, plan)
+    offload = not plan.offload_optimizer
+    words = "optimizer state in host memory" if offload else "optimizer state on the devices"
+    yield "offload", words, lambda: dataclasses.replace(plan, offload_optimizer=offload)
     if plan.schedule not in DEFAULT_SCHEDULES:
         schedule = default_schedule(plan.layout.vp)
         yield "schedule", f"the {schedule} schedule", lambda: dataclasses.replace(plan, schedule=schedule)

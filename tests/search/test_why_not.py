@@ -100,7 +100,7 @@ def test_neighbours_are_whole_plans_that_differ(setting: Setting) -> None:
     assert all(n.plan.layout.world_size == 64 for n in found)
     assert all(parse_slug(slug) == n.plan for slug, n in zip(slugs, found, strict=True))
     kinds = {n.kind for n in found}
-    assert kinds == {"recompute", "sharding", "microbatch", "tp", "pp", "cp", "virtual stages"}
+    assert kinds == {"recompute", "sharding", "microbatch", "tp", "pp", "cp", "virtual stages", "offload"}
     refused = [n for n in found if violations(n.plan, setting.graph, setting.workload, 64)]
     assert len(refused) < len(found) / 2
 
