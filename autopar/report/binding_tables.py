@@ -33,6 +33,8 @@ def binding_verdict(answer: Explanation) -> str:
     """One line: what binds, and whether memory does."""
     share = answer.shares[answer.binding]
     free = f"{percent(answer.headroom, 0)} of the memory is free"
+    if answer.headroom < 0:
+        free = f"it needs {percent(-answer.headroom, 0)} more memory than a device has"
     capacity = next(i for i in answer.improvements if i.resource is Resource.MEMORY_CAPACITY)
     first = answer.improvements[0]
     if capacity.replanned_gain is not None and capacity.replanned_gain > 1e-6:
@@ -80,6 +82,7 @@ def share_columns(answer: Explanation) -> list[Column]:
 def term_columns(answer: Explanation) -> list[Column]:
     """Percent of the step by term and resource."""
     step = answer.estimate.step_s
+    rows = {term: row for term, row in answer.by_term.items() if abs(sum(row.values())) > 5e-4 * step}
     resources = [
         name
         for name in (*(r.value for r in Resource), FIXED)
@@ -90,12 +93,9 @@ def term_columns(answer: Explanation) -> list[Column]:
         return percent(value / step) if abs(value) > 5e-4 * step else ""
 
     return [
-        Column(header="part of the step", cells=tuple(TERM_LABELS[term] for term in answer.by_term), text=True),
-        Column(header="% of step", cells=tuple(percent(sum(row.values()) / step) for row in answer.by_term.values())),
-        *(
-            Column(header=name, cells=tuple(cell(row.get(name, 0.0)) for row in answer.by_term.values()))
-            for name in resources
-        ),
+        Column(header="part of the step", cells=tuple(TERM_LABELS[term] for term in rows), text=True),
+        Column(header="% of step", cells=tuple(percent(sum(row.values()) / step) for row in rows.values())),
+        *(Column(header=name, cells=tuple(cell(row.get(name, 0.0)) for row in rows.values())) for name in resources),
     ]
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.estimate import Estimate, PlanArrays, Setting, estimate
-from autopar.estimate.arrays import Bools
+from autopar.estimate.arrays import RECOMPUTE_CODES, Bools
+from autopar.plan import Recompute
 from autopar.search.pareto import part_of
 from autopar.search.space import Space
 from autopar.search.whole import Priced, price_space
@@ -64,8 +65,8 @@ def _strategy(setting: Setting, priced: Priced, name: str, rule: str, among: Boo
 def rule_of_thumb(setting: Setting, priced: Priced) -> Bools:
     """Plans that follow the rule of thumb, [plans]: its degrees, and anything beside them.
 
-    tp is the most that a node allows and heads divide into, pp the least with which any such plan fits (the least of
-    all where none does), cp 1.
+    tp is the most that a node allows and heads divide into, cp 1, pp the least with which such a plan fits: without
+    full recomputation if any pp allows that (as recipes have it since Korthikanti et al. 2022), else with it.
     """
     plans = priced.plans
     in_node = (plans.tp <= setting.cluster.devices_per_node) & (plans.cp == 1)
@@ -73,9 +74,11 @@ def rule_of_thumb(setting: Setting, priced: Priced) -> Bools:
     if not usable.any():
         return np.zeros(len(plans), dtype=np.bool_)
     tensor = usable & (plans.tp == plans.tp[usable].max())
-    fits = tensor & priced.feasible
-    stages = plans.pp[fits if fits.any() else tensor].min()
-    return np.asarray(tensor & (plans.pp == stages))
+    keeps = plans.recompute != RECOMPUTE_CODES.index(Recompute.FULL)
+    for fits in (tensor & priced.feasible & keeps, tensor & priced.feasible, tensor):
+        if fits.any():
+            break
+    return np.asarray(tensor & (plans.pp == plans.pp[fits].min()))
 
 
 def obstacle(priced: Priced, among: Bools) -> str:
@@ -85,7 +88,7 @@ def obstacle(priced: Priced, among: Bools) -> str:
     smallest = priced.smallest(among)
     if smallest is not None:
         need, limit = priced.memory_bytes[smallest] / GIB, priced.memory_limit / GIB
-        return f"memory: needs {need:.0f} of {limit:.0f} GiB"
+        return f"memory: needs {need:.1f} of {limit:.1f} GiB"
     counts = priced.counts(among)
     return max(counts, key=counts.__getitem__)
 

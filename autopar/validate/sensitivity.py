@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from autopar.errors import NoFeasiblePlan
-from autopar.estimate import Estimate, Setting, estimate
+from autopar.estimate import Estimate, Setting, estimate, estimate_many, to_arrays
+from autopar.plan import Plan
 from autopar.search.answers import top_answers
 from autopar.search.distinct import distinct_key
 from autopar.search.exhaustive import search
+from autopar.search.neighbours import neighbours
 from autopar.search.space import Space
+from autopar.search.why_not import forbidden
 from autopar.validate.doubts import Doubt, doubts
 
 ERROR = 0.1
 """Relative error of a number that a choice should survive."""
+ANSWERS = 10
+"""Answers whose prices tell which numbers matter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,13 +119,16 @@ def sensitivity(
 ) -> Sensitivity:
     """Search anew with every fitted number ``error`` too high and as much too low.
 
+    Numbers that move neither the price of an answer nor of a neighbour of the best plan are left out.
+
     Args:
         space: of all searches.
         on_trial: told (trials done, of how many) before each.
     """
-    answers = top_answers(setting, top=2, space=space).best
+    answers = top_answers(setting, top=ANSWERS, space=space).best
     chosen, runner_up = answers[0], answers[1] if len(answers) > 1 else None
-    cases = [(doubt, factor) for doubt in doubts(setting) for factor in (1 + error, 1 - error)]
+    moving = _moving(setting, [answer.plan for answer in answers])
+    cases = [(doubt, factor) for doubt in moving for factor in (1 + error, 1 - error)]
     trials = []
     for done, (doubt, factor) in enumerate(cases):
         if on_trial is not None:
@@ -128,6 +138,19 @@ def sensitivity(
             Trial(doubt=doubt, factor=factor, chosen=estimate(changed, chosen.plan), best=_best(changed, space))
         )
     return Sensitivity(chosen=chosen, runner_up=runner_up, trials=tuple(trials), error=error)
+
+
+def _moving(setting: Setting, plans: list[Plan]) -> list[Doubt]:
+    """Doubts that matter to any of these plans, or to one a decision away from the first."""
+    near = [n.plan for n in neighbours(setting, plans[0]) if not forbidden(setting, n.plan)]
+    arrays = to_arrays([*plans, *near])
+    now = estimate_many(setting, arrays)
+
+    def moves(doubt: Doubt) -> bool:
+        then = estimate_many(doubt.changed(1 + ERROR), arrays)
+        return not (np.array_equal(now.step_s, then.step_s) and np.array_equal(now.memory_bytes, then.memory_bytes))
+
+    return [doubt for doubt in doubts(setting) if moves(doubt)]
 
 
 def _best(setting: Setting, space: Space | None) -> Estimate | None:

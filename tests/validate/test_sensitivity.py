@@ -82,8 +82,10 @@ def test_numbers_of_the_specifications() -> None:
 def test_both_signs_of_every_number_are_searched_anew(found: Sensitivity) -> None:
     setting = make()
     names = {doubt.name: doubt for doubt in doubts(setting)}
-    assert sorted(t.factor for t in found.trials) == [0.9] * len(names) + [1.1] * len(names)
-    assert {trial.doubt.name for trial in found.trials} == set(names)
+    tried = {trial.doubt.name for trial in found.trials}
+    assert sorted(t.factor for t in found.trials) == [0.9] * len(tried) + [1.1] * len(tried)
+    # What a dense model on cuDNN attention does not use moves nothing.
+    assert tried == {name for name in names if "flash1" not in name and "experts" not in name}
     for trial in found.trials[::5]:
         changed = names[trial.doubt.name].changed(trial.factor)
         assert trial.best is not None
