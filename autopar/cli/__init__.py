@@ -3,8 +3,8 @@
 Exit codes: 0 fine, 1 a run failed, 2 wrong usage, 3 no feasible plan.
 """
 
-from autopar.cli import planning, running, validating
+from autopar.cli import answers, planning, running, validating
 from autopar.cli.common import app
 from autopar.cli.main import main, run
 
-__all__ = ["app", "main", "planning", "run", "running", "validating"]
+__all__ = ["answers", "app", "main", "planning", "run", "running", "validating"]

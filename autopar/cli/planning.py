@@ -37,17 +37,37 @@ def plan(
     optimizer: OptimizerOption = Optimizer.ADAMW,
     stack: StackOption = "megatron-core",
     top: Annotated[int, typer.Option(min=1, help="Plans to show.")] = 10,
+    all_variants: Annotated[
+        bool, typer.Option("--all-variants", help="Raw ranks, also of plans with the same degrees and sharding.")
+    ] = False,
+    why_not: Annotated[
+        str, typer.Option("--why-not", metavar="PLAN", help="Say why this plan is not the answer.")
+    ] = "",
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Front of step time, free memory and GPUs over parts of the cluster.")
+    ] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Does the choice survive errors of the fitted numbers?")
+    ] = False,
     as_json: JsonFlag = False,
     out: OutOption = None,
 ) -> None:
     """Rank the parallel plans of a model on a cluster, from data sheets alone."""
     from autopar.plan import PlanFile, write_plan_file
-    from autopar.search.exhaustive import search
+    from autopar.search.answers import top_answers
     from autopar.search.reason import reason
 
     spec, setting = setting_of(model, cluster, global_batch, seq_len, precision, optimizer, stack)
-    result = search(setting, top=top)
+    title, more = f"{spec.name} on {cluster}", {}
+    result = top_answers(setting, top=top, all_variants=all_variants)
     best = result.best[0]
+    asked = bool(why_not) or pareto or sensitivity
+    if asked:
+        from autopar.cli.answers import plan_answers
+
+        more = plan_answers(
+            setting, title, pareto=pareto, why_not=why_not, sensitivity=sensitivity, as_json=as_json, out=out
+        )
     if as_json:
         plans = [{"rank": i + 1, **estimate_json(e), "reason": reason(e, best)} for i, e in enumerate(result.best)]
         found = {
@@ -56,11 +76,12 @@ def plan(
             "rejected": dict(result.rejected),
             "seconds": result.seconds,
         }
-        print(json.dumps({"schema_version": 1, "plans": plans, "search": found, "assumptions": best.assumptions}))
-    else:
+        document = {"schema_version": 1, "plans": plans, "search": found, "assumptions": best.assumptions}
+        print(json.dumps({**document, **more}))
+    elif not asked:
         from autopar.report.tables import plans_table, search_line
 
-        show(plans_table(result.best, width=terminal_width(), title=f"{spec.name} on {cluster}"), search_line(result))
+        show(plans_table(result.best, width=terminal_width(), title=title), search_line(result))
     if out is not None:
         content = PlanFile(
             slug=best.plan.slug,

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.errors import InputError
+from autopar.fit.components import Components
 from autopar.fit.constants import Constant, Quantity, spec_values
 from autopar.fit.fork import fork_map
-from autopar.fit.problem import Case, Components, Group, Problem, evaluate, load_components, prepare, touched
+from autopar.fit.problem import Case, Group, Problem, evaluate, load_components, prepare, touched
 from autopar.fit.solve import Solution, Terms, minimise
 from costmodels.units import GIB
 

@@ -6,27 +6,26 @@ Runs that share model, workload, cluster and stack are priced as one array of pl
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.errors import InputError
 from autopar.estimate import Costs, PlanArrays, Setting, estimate, estimate_many, to_arrays
+from autopar.fit.components import Components, patched_cluster, read_components
 from autopar.graph import OpGraph
 from autopar.model.build import build_graph
 from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, check_plan
 from autopar.workload import Precision, Workload
-from costmodels.hardware import Cluster, Link, fabric_names, load_cluster, load_fabric
-from costmodels.shipped import SpecPath, replaced
-from costmodels.stack import Stack, load_stack
+from costmodels.hardware import Cluster
+from costmodels.shipped import SpecPath
+from costmodels.stack import load_stack
 
 Floats = NDArray[np.float64]
-Item = TypeVar("Item")
 
 
 class Case(Protocol):
@@ -85,15 +84,6 @@ class Problem:
     groups: tuple[Group, ...]
     failures: Mapping[int, str]
     components: Components
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Components:
-    """Specifications as records: a device with its usual links (as a cluster of one), stacks, networks; by name."""
-
-    devices: Mapping[str, Cluster]
-    stacks: Mapping[str, Stack]
-    fabrics: Mapping[str, Link]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,41 +233,8 @@ def evaluate(problem: Problem, group: Group, components: Components, *, memory: 
 
 
 def _setting(problem: Problem, group: Group, components: Components) -> Setting:
-    cluster, base = group.cluster, problem.components
-    name = cluster.device.name
-    if name in components.devices:
-        old, new = base.devices[name], components.devices[name]
-        fabric = cluster.network_link.name
-        known = fabric in components.fabrics
-        old_network = base.fabrics[fabric] if known else old.network_link
-        new_network = components.fabrics[fabric] if known else new.network_link
-        cluster = dataclasses.replace(
-            cluster,
-            device=_patched(cluster.device, old.device, new.device),
-            node_link=_patched(cluster.node_link, old.node_link, new.node_link),
-            network_link=_patched(cluster.network_link, old_network, new_network),
-        )
+    cluster = patched_cluster(group.cluster, problem.components, components)
     return Setting(graph=group.graph, workload=group.workload, cluster=cluster, stack=components.stacks[group.stack])
-
-
-def _patched(record: Item, old: Any, new: Any) -> Item:
-    """``record`` with the differences between ``old`` and ``new``, keeping what it states otherwise."""
-    if old == new:
-        return record
-    if dataclasses.is_dataclass(new) and not isinstance(new, type) and type(record) is type(old) is type(new):
-        changes = {
-            field.name: _patched(getattr(record, field.name), getattr(old, field.name), getattr(new, field.name))
-            for field in dataclasses.fields(new)
-            if getattr(old, field.name) != getattr(new, field.name)
-        }
-        return cast(Item, dataclasses.replace(cast(Any, record), **changes))
-    if isinstance(record, Mapping) and isinstance(old, Mapping) and isinstance(new, Mapping):
-        merged = dict(record)
-        for key, value in new.items():
-            if key not in old or old[key] != value:
-                merged[key] = _patched(merged[key], old[key], value) if key in old and key in merged else value
-        return cast(Item, merged)
-    return cast(Item, new)
 
 
 def load_components(problem: Problem, values: Mapping[SpecPath, float]) -> Components:
@@ -287,20 +244,7 @@ def load_components(problem: Problem, values: Mapping[SpecPath, float]) -> Compo
 
 def _load_components(groups: Sequence[Group], values: Mapping[SpecPath, float]) -> Components:
     devices = {group.cluster.device.name for group in groups}
-    stacks = {group.stack for group in groups}
-    with replaced(values):
-        by_name = {load_fabric(name, 0.0).name: load_fabric(name, 0.0) for name in fabric_names()}
-        return Components(
-            devices={name: load_cluster(f"{name}:1") for name in devices if _is_shipped(name)},
-            stacks={name: inspect.unwrap(load_stack)(name) for name in stacks},
-            fabrics=by_name,
-        )
-
-
-def _is_shipped(name: str) -> bool:
-    from costmodels.hardware import device_names
-
-    return name in device_names()
+    return read_components(devices, {group.stack for group in groups}, values)
 
 
 def touched(problem: Problem, old: Components, new: Components) -> tuple[Group, ...]:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class ProgressLine:
-    """Understands the messages of ``runtime.profile``, ``runtime.run`` and ``validate.study``; use it as a context."""
+    """Understands the messages of ``runtime.profile``, ``runtime.run``, ``validate.study`` and of long answers."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -41,6 +41,8 @@ class ProgressLine:
             self._show("profile", str(message["profile"]), int(message["done"]), int(message["of"]))
         elif "study" in message:
             self._show("validate", str(message["study"]), int(message["done"]), int(message["of"]))
+        elif "answer" in message:
+            self._show("plan", str(message["answer"]), int(message["done"]), int(message["of"]))
         elif message.get("event") == "plan_begin":
             self._show("run", message["slug"], 0, 1, f" ({message['index'] + 1} of {message['plans']})")
         elif message.get("event") == "step":

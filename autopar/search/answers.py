@@ -1,0 +1,39 @@
+"""The best plans that really differ."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from autopar.estimate import Estimate, Setting
+from autopar.search.distinct import distinct_key
+from autopar.search.exhaustive import SearchResult, search
+from autopar.search.space import Space
+
+VARIANTS = 6
+"""Plans that are looked at per answer that is wanted; where these do not suffice, more are."""
+
+
+def top_answers(
+    setting: Setting, *, top: int = 10, all_variants: bool = False, space: Space | None = None
+) -> SearchResult:
+    """The ``top`` fastest plans, of each answer (see ``distinct``) only the best; with ``all_variants`` raw ranks.
+
+    Fewer where the space has no more answers. Raises NoFeasiblePlan.
+    """
+    if all_variants:
+        return search(setting, top=top, space=space)
+    wanted = top if top == 1 else VARIANTS * top
+    while True:
+        found = search(setting, top=wanted, space=space)
+        best = distinct(found.best)
+        if len(best) >= top or len(found.best) < wanted:
+            return dataclasses.replace(found, best=best[:top])
+        wanted *= 4
+
+
+def distinct(ranked: tuple[Estimate, ...]) -> tuple[Estimate, ...]:
+    """Of ranked estimates the best of each answer, in order."""
+    first: dict[tuple[int, ...], Estimate] = {}
+    for candidate in ranked:
+        first.setdefault(distinct_key(candidate.plan), candidate)
+    return tuple(first.values())
