@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autopar.errors import InputError, NoFeasiblePlan
+from autopar.errors import InputError
 from autopar.estimate import Estimate, Setting, estimate
 from autopar.model.build import build_graph
 from autopar.runs.interpret import RunCase, Unsupported, interpret
@@ -28,7 +28,7 @@ from costmodels.units import GIB
 RECIPES_SCHEMA = 1
 NEAR = 1.15
 """Published over best step time up to which a published plan counts as near the best."""
-TOP = 20
+TOP = 10
 """Answers that really differ which a search returns, for the rank of the published one."""
 
 OnMessage = Callable[[dict[str, Any]], None]
@@ -195,7 +195,7 @@ def _judge(plan: PublishedPlan, case: RunCase, known: dict[tuple[Any, ...], _Que
     try:
         if key not in known:
             setting = setting_of(case)
-            found = search(setting, top=TOP, space=space, unsupported=forbidden, distinct=True)
+            found = search(setting, top=TOP, space=space, forbidden=forbidden, distinct=True)
             known[key] = _Question(setting=setting, found=found)
         setting, found = known[key].setting, known[key].found
         published = estimate(setting, case.plan)

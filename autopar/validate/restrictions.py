@@ -10,13 +10,16 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autopar.plan import Plan, Recompute, Rejected, ScheduleName
+import numpy as np
+
+from autopar.estimate.arrays import RECOMPUTE_CODES, SCHEDULE_CODES, Bools, PlanArrays, modules_mask
+from autopar.plan import Plan, Recompute, ScheduleName
 from autopar.search.space import Space
 from autopar.workload import Workload
 from costmodels.stack import Stack
 
-Forbids = Callable[[Plan, Workload], bool]
-Unsupported = Callable[[Plan], tuple[Rejected, ...]]
+Forbids = Callable[[PlanArrays, Workload], Bools]
+Forbidden = Callable[[PlanArrays], Bools]
 MEGATRON_CORE = ("megatron-core", "megatron-bridge", "nemo-2024")
 TRANSFORMER_CONFIG = "NVIDIA/Megatron-LM, megatron/core/transformer/transformer_config.py"
 
@@ -30,7 +33,7 @@ class Restriction:
         stacks: engines that have it; empty for all.
         variants: settings of the stack, any of which brings it; empty where the engine alone does.
         groups: sources of rows that have it; empty for all.
-        forbids: whether a plan is hit.
+        forbids: which plans are hit, [plans].
         source: where the condition is stated.
     """
 
@@ -51,29 +54,34 @@ class Restriction:
         )
 
 
-def _full(plan: Plan, workload: Workload) -> bool:
-    return plan.recompute is Recompute.FULL
+def _full(plans: PlanArrays, workload: Workload) -> Bools:
+    return np.asarray(plans.recompute == RECOMPUTE_CODES.index(Recompute.FULL))
 
 
-def _keeps_more_than_inputs(plan: Plan, workload: Workload) -> bool:
-    return not _full(plan, workload) or plan.recompute_layers > 0
+def _keeps_more_than_inputs(plans: PlanArrays, workload: Workload) -> Bools:
+    return ~_full(plans, workload) | (plans.recompute_layers > 0)
 
 
-def _one_expert_rank(plan: Plan, workload: Workload) -> bool:
-    return plan.layout.ep * plan.layout.etp == 1
+def _one_expert_rank(plans: PlanArrays, workload: Workload) -> Bools:
+    return np.asarray(plans.ep * plans.etp == 1)
 
 
-def _cannot_overlap(plan: Plan, workload: Workload) -> bool:
-    serial = plan.layout.ep == 1 or (plan.layout.pp > 1 and plan.layout.vp == 1)
-    return serial or _full(plan, workload) or "moe" in plan.recompute_modules
+def _cannot_overlap(plans: PlanArrays, workload: Workload) -> Bools:
+    serial = (plans.ep == 1) | ((plans.pp > 1) & (plans.vp == 1))
+    return serial | _full(plans, workload) | (plans.modules & modules_mask(("moe",)) > 0)
 
 
-def _sharded_beside(plan: Plan, workload: Workload) -> bool:
-    return plan.zero_stage == 3 and (plan.layout.pp > 1 or plan.layout.ep > 1)
+def _sharded_beside(plans: PlanArrays, workload: Workload) -> Bools:
+    return (plans.zero == 3) & ((plans.pp > 1) | (plans.ep > 1))
 
 
-def _ragged(plan: Plan, workload: Workload) -> bool:
-    return plan.schedule is ScheduleName.INTERLEAVED and plan.num_microbatches(workload) % plan.layout.pp != 0
+def _ragged(plans: PlanArrays, workload: Workload) -> Bools:
+    m = workload.global_batch // (plans.dp * plans.microbatch)
+    return (plans.schedule == SCHEDULE_CODES.index(ScheduleName.INTERLEAVED)) & (m % plans.pp != 0)
+
+
+def _along_sequence(plans: PlanArrays, workload: Workload) -> Bools:
+    return plans.sp
 
 
 RESTRICTIONS: tuple[Restriction, ...] = (
@@ -97,7 +105,7 @@ RESTRICTIONS: tuple[Restriction, ...] = (
     ),
     Restriction(
         name="sequence parallelism", stacks=("megatron-2020", "megatron-2021"),
-        forbids=lambda plan, workload: plan.sequence_parallel, source="introduced by Korthikanti et al. 2022",
+        forbids=_along_sequence, source="introduced by Korthikanti et al. 2022",
     ),
     Restriction(
         name="microbatches of interleaving", stacks=("megatron-2021", "megatron-2022"), forbids=_ragged,
@@ -120,17 +128,16 @@ def restrictions_of(stack: str, group: str) -> tuple[Restriction, ...]:
     return tuple(restriction for restriction in RESTRICTIONS if restriction.applies(stack, group))
 
 
-def veto(found: tuple[Restriction, ...], workload: Workload) -> Unsupported:
+def veto(found: tuple[Restriction, ...], workload: Workload) -> Forbidden:
     """The restrictions as the search asks for them."""
 
-    def unsupported(plan: Plan) -> tuple[Rejected, ...]:
-        return tuple(
-            Rejected(reason=restriction.name, detail=restriction.source)
-            for restriction in found
-            if restriction.forbids(plan, workload)
-        )
+    def forbidden(plans: PlanArrays) -> Bools:
+        hit = np.zeros(len(plans), dtype=np.bool_)
+        for restriction in found:
+            hit |= restriction.forbids(plans, workload)
+        return hit
 
-    return unsupported
+    return forbidden
 
 
 def offering(stack: Stack) -> Stack:
