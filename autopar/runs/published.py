@@ -204,7 +204,8 @@ def _sharding(plan: PublishedPlan) -> str | None:
 def _recompute(plan: PublishedPlan) -> tuple[str | None, str]:
     """(setting, note with its numbers). The recipe wins over the table's column, which most tables do not have."""
     recipe, column = plan.text("recipe").lower(), plan.text("recompute").lower()
-    for pattern, setting in ((r"recompute_modules=", "selective"), (r"recompute full", "full"), (r"no recompute", "none")):
+    settings = ((r"recompute_modules=", "selective"), (r"recompute full", "full"), (r"no recompute", "none"))
+    for pattern, setting in settings:
         if has(recipe, pattern):
             return setting, ""
     layers = find_int(column, r"layers=(\d+)")

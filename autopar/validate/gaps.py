@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from autopar.validate.recipes import NEAR, Recipe
 
@@ -82,7 +83,7 @@ def successors(rows: Sequence[Recipe]) -> tuple[Successor, ...]:
     found = []
     for members in groups.values():
         ordered = sorted(members, key=lambda row: row.release)
-        for earlier, later in zip(ordered, ordered[1:], strict=False):
+        for earlier, later in pairwise(ordered):
             predicted = earlier.published_s / later.published_s
             if earlier.slug != later.slug and abs(predicted - 1) > CHANGED:
                 measured = (earlier.measured_s or 0.0) / (later.measured_s or 1.0)

@@ -81,9 +81,7 @@ def held_ratios(
     return tuple(found)
 
 
-def _held(
-    setting: Setting, space: Space, forbidden: Forbidden, published: Estimate, decision: _Decision
-) -> Held:
+def _held(setting: Setting, space: Space, forbidden: Forbidden, published: Estimate, decision: _Decision) -> Held:
     wanted = to_arrays([published.plan])
 
     def other(plans: PlanArrays) -> Bools:

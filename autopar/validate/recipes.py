@@ -143,7 +143,7 @@ def validate_recipes(path: str | Path, *, on_message: OnMessage | None = None) -
     rows: list[Recipe] = []
     known: dict[tuple[Any, ...], _Question] = {}
     for place, plan in enumerate(plans):
-        tell({"recipe": plan.id, "done": place, "of": len(plans)})
+        tell({"study": "published plans", "done": place, "of": len(plans)})
         case = read_case(plan)
         if isinstance(case, Unsupported):
             rows.append(Recipe(id=plan.id, group=plan.group, title=plan.text("model"), reason=case.reason))

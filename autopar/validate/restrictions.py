@@ -1,7 +1,7 @@
 """What the settings of a published recipe forbid, beside what its engine offers (``costmodels.stack.Offers``).
 
-A recipe fixes software settings that are no part of a plan (dispatcher, overlap, graphs). Some of them forbid plans that
-the engine would run otherwise; a published plan is compared with those alone that run under its recipe's settings.
+A recipe fixes software settings that are no part of a plan (dispatcher, overlap, graphs). Some of them forbid plans
+that the engine would run otherwise; a published plan is compared with those alone that run under its recipe's settings.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ RESTRICTIONS: tuple[Restriction, ...] = (
     ),
     Restriction(
         name="overlapped exchange", stacks=MEGATRON_CORE, variants=("a2a-overlap",), forbids=_cannot_overlap,
-        source=f"{TRANSFORMER_CONFIG}: overlap_moe_expert_parallel_comm needs ep > 1 and, in a pipeline, virtual stages;"
-        " no full recomputation, none of the module moe",
+        source=f"{TRANSFORMER_CONFIG}: overlap_moe_expert_parallel_comm needs ep > 1 and, in a pipeline, virtual"
+        " stages; no full recomputation, none of the module moe",
     ),
     Restriction(
         name="graphs of parts", stacks=MEGATRON_CORE, variants=("cuda-graph-partial",), forbids=_full,
