@@ -14,7 +14,7 @@ from autopar.errors import InputError
 
 @app.command()
 def validate(
-    runs: Annotated[list[Path], typer.Argument(help="CSV files of measured runs.", show_default=False)],
+    runs: Annotated[list[Path] | None, typer.Argument(help="CSV files of measured runs.", show_default=False)] = None,
     as_json: JsonFlag = False,
     out: OutOption = None,
     assumptions: Annotated[bool, typer.Option("--assumptions", help="Say what the files leave open.")] = False,
@@ -25,8 +25,16 @@ def validate(
     ship_bands: Annotated[
         bool, typer.Option("--ship-bands", help="With --report: put its bands into the specifications.")
     ] = False,
+    recipes: Annotated[
+        Path | None, typer.Option("--recipes", help="CSV of published plans, held against the search, instead of runs.")
+    ] = None,
 ) -> None:
-    """Predict measured runs and hold the predictions against them."""
+    """Predict measured runs and hold the predictions against them, or published plans against the search."""
+    if recipes is not None:
+        _validate_recipes(recipes, runs, as_json, report or out)
+        return
+    if not runs:
+        raise InputError("nothing to validate: name CSV files of measured runs, or published plans with --recipes")
     from autopar.validate.runs import validate_runs
 
     found = validate_runs(runs, stack=stack)
@@ -70,3 +78,24 @@ def validate(
             say(f"wrote {memory_bands_file()}")
     elif ship_bands:
         raise InputError("--ship-bands needs --report, which fits the bands")
+
+
+def _validate_recipes(path: Path, runs: list[Path] | None, as_json: bool, folder: Path | None) -> None:
+    from autopar.report.recipes import to_json, write_recipes_report
+    from autopar.validate.recipes import validate_recipes
+
+    if runs:
+        raise InputError(f"--recipes {path} is judged alone: leave out {', '.join(map(str, runs))}")
+    with progress() as on_message:
+        found = validate_recipes(path, on_message=on_message)
+    if as_json:
+        print(json.dumps(to_json(found)))
+    else:
+        left = sum(found.left_out.values())
+        show(
+            f"{len(found.judged)} published plans judged, {left} left out; {found.share_near:.0%} within 15 percent of "
+            f"the best; {sum(not row.fits for row in found.judged)} do not fit in memory"
+        )
+    if folder is not None:
+        files = write_recipes_report(found, folder)
+        say(f"wrote {len(files)} files to {folder}")

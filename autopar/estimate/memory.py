@@ -71,7 +71,8 @@ def rank_memory(
     adds_up_whole = (zero >= 2) & (m > 1) & ~np.asarray(stack.data.accumulates_sharded)
     gradients = np.where(adds_up_whole, unsharded, held(setting.gradient_bytes, 2))
     if stack.data.quantized_weights and setting.workload.precision is Precision.FP8:
-        parameters = parameters - (work.parameters - work.vocabulary) * (setting.weight_bytes - 1)
+        saved = (work.parameters - work.vocabulary) * (setting.weight_bytes - 1)
+        parameters = parameters - np.where(zero == 3, saved / shards, saved)
     state, master = setting.state_bytes, stack.data.master_bytes if stack.data.master_weights else 0.0
     optimizer = np.where(whole_weights, held(state - master, 1), held(state, 1))
     offload = plans.offload[column]

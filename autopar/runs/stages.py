@@ -69,7 +69,7 @@ def _from_layout(text: str, degrees: Degrees, blocks: int) -> Read[tuple[Degrees
     if vp != degrees.vp:
         assumed.append(f"vp={vp} as in the pipeline layout")
         degrees = with_virtual_stages(degrees, vp)
-    for stage, count in enumerate(counts):
+    for stage, count in enumerate(counts[1:-1], start=1):
         if count == 0:
             donor = max(range(len(counts)), key=lambda i: (counts[i], -abs(i - stage)))
             counts[donor], counts[stage] = counts[donor] - 1, 1
@@ -78,19 +78,14 @@ def _from_layout(text: str, degrees: Degrees, blocks: int) -> Read[tuple[Degrees
 
 
 def _balanced(degrees: Degrees, blocks: int, mtp_layers: int) -> Read[tuple[Degrees, tuple[int, ...]]]:
-    pp, stages = degrees.pp, degrees.pp * degrees.vp
+    stages = degrees.pp * degrees.vp
     if mtp_layers and (blocks + 3) % stages == 0 and (each := (blocks + 3) // stages) > 3:
         split = (*[each] * (stages - 1), each - 3)
         return (degrees, split), ("blocks divided with head and multi-token prediction as three blocks, assumed",)
     if (blocks + 2) % stages == 0:
         each, why = (blocks + 2) // stages, "blocks divided with embedding and head as a block each, assumed"
-        if each > 1:
-            return (degrees, (each - 1, *[each] * (stages - 2), each - 1)), (why,)
-        # Two stages have no block: one virtual stage fewer, with the same blocks on every rank.
-        fewer = with_virtual_stages(degrees, degrees.vp - 1)
-        split = (1, *[2] * (pp - 2), *[1] * (pp * fewer.vp - pp + 1))
-        return (fewer, split), (why, f"vp={fewer.vp} for {degrees.vp}, since two stages have no block")
+        return (degrees, (each - 1, *[each] * (stages - 2), each - 1)), (why,)
     if stages > blocks:
-        vp = max(1, blocks // pp)
+        vp = max(1, blocks // degrees.pp)
         return (with_virtual_stages(degrees, vp), ()), (f"vp={degrees.vp} has more stages than blocks: vp={vp}",)
     return (degrees, ()), ("blocks that do not divide evenly: earlier stages take the remainder",)

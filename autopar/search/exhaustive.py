@@ -18,7 +18,7 @@ import numpy as np
 
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate import Estimate, Setting, estimate, estimate_many
-from autopar.estimate.arrays import Ints
+from autopar.estimate.arrays import Bools, Ints, PlanArrays
 from autopar.estimate.pieces import Floats
 from autopar.plan import Plan, Rejected, violations
 from autopar.search.bounds import Shapes, core_bounds, price_pieces, weight_bytes
@@ -29,6 +29,7 @@ from autopar.search.space import Cores, Decisions, Space, assemble, cores_of, de
 from costmodels.units import GIB
 
 Unsupported = Callable[[Plan], tuple[Rejected, ...]]
+Forbidden = Callable[[PlanArrays], Bools]
 FIRST_CORES, MOST_CORES = 128, 16384
 """Looked at before the others, to have a time to beat, and at once after that."""
 SMALLEST_CORES = 4
@@ -66,6 +67,7 @@ def search(
     top: int = 10,
     space: Space | None = None,
     unsupported: Unsupported | None = None,
+    forbidden: Forbidden | None = None,
     distinct: bool = False,
 ) -> SearchResult:
     """Find the ``top`` fastest plans.
@@ -75,6 +77,7 @@ def search(
         top: how many plans to return.
         space: limits on what is looked at.
         unsupported: asks a runtime what it cannot run; such plans are rejected as ``runtime``.
+        forbidden: says of arrays of plans whom a condition of the user's hits, [plans]; rejected as ``forbidden``.
         distinct: return the best of each answer alone, see ``search.distinct``.
 
     Raises:
@@ -92,7 +95,7 @@ def search(
         alive &= ~hit
     cores, numbers = cores.select(alive), numbers[alive]
     ranking = Ranking(top, distinct)
-    found = _Walk(setting, space, decided, unsupported, ranking, tally)
+    found = _Walk(setting, space, decided, unsupported, forbidden, ranking, tally)
     found.all(cores, numbers)
     if not ranking.feasible:
         raise NoFeasiblePlan(_no_plan(setting, decided, cores, tally))
@@ -111,11 +114,11 @@ class _Walk:
     """Takes cores in the order of their bounds until no bound is below the time to beat."""
 
     def __init__(
-        self, setting: Setting, space: Space, decided: Decisions, unsupported: Unsupported | None, ranking: Ranking,
-        tally: Counter[str],
+        self, setting: Setting, space: Space, decided: Decisions, unsupported: Unsupported | None,
+        forbidden: Forbidden | None, ranking: Ranking, tally: Counter[str],
     ) -> None:  # fmt: skip
         self.setting, self.space, self.decided, self.unsupported = setting, space, decided, unsupported
-        self.ranking, self.tally = ranking, tally
+        self.forbidden, self.ranking, self.tally = forbidden, ranking, tally
         self.priced, self.bound_s = 0, np.inf
         self.shapes: dict[int, Shapes] = {}
 
@@ -169,6 +172,10 @@ class _Walk:
             self.setting, ground.cores, self.decided, core, chosen.pipe[row], chosen.recompute[row], holding
         )
         rows = ground.pieces.rows[core]
+        if self.forbidden is not None:
+            allowed = ~self.forbidden(plans)
+            self.tally["forbidden"] += int(np.count_nonzero(~allowed))
+            plans, rows = plans.select(allowed), rows[allowed]
         if self.unsupported is not None:
             runs = np.asarray([not self.unsupported(plans.plan(i)) for i in range(len(plans))], dtype=np.bool_)
             self.tally["runtime"] += int(np.count_nonzero(~runs))

@@ -273,10 +273,10 @@ def test_uneven_blocks_count_embedding_and_head() -> None:
     case = _case("megatron_bridge-194")  # 94 blocks on 8 ranks of 4 virtual stages
     assert case.plan.stage_blocks == (2, *[3] * 30, 2)
     assert any("embedding and head as a block each" in text for text in case.assumptions)
-    # 126 blocks on 16 ranks of 8: the first and the last stage would have none
+    # 126 blocks on 16 ranks of 8: the first and the last stage have none
     case = _case("megatron_bridge-037")
     layout, split = case.plan.layout, case.plan.blocks_of_stages(126)
-    assert layout.vp == 7
+    assert (layout.vp, split[0], split[-1]) == (8, 0, 0)
     ranks = [sum(split[rank :: layout.pp]) for rank in range(layout.pp)]
     assert ranks == [7, *[8] * 14, 7]
 
