@@ -18,13 +18,13 @@ from autopar.validate.restrictions import RESTRICTIONS
 from costmodels.records import write_json, write_text
 
 TITLES = {
-    "nemo-recommended": "NeMo 25 recipes", "megatron-bridge": "Megatron-Bridge", "megatron-lm": "Megatron-LM README",
-    "sc21": "Megatron-LM 2021", "torchtitan": "torchtitan",
+    "nemo-recommended": "NeMo 25 recipes", "megatron-bridge": "Megatron-Bridge", "megatron-lm": "Megatron-LM",
+    "sc21": "Megatron 2021", "torchtitan": "torchtitan",
 }  # fmt: skip
 WITHIN = "within 15 percent"
 KIND_NAMES = {
-    Kind.DECISION: "a decision of the recipe costs", Kind.LACKING: "the engine does what we have no setting for",
-    Kind.PURPOSE: "not meant as the best plan",
+    Kind.DECISION: "a decision of the recipe", Kind.LACKING: "no setting of ours",
+    Kind.PURPOSE: "not meant as best",
 }  # fmt: skip
 COLORS = {
     WITHIN: ACCENT, KIND_NAMES[Kind.DECISION]: "#d55e00", KIND_NAMES[Kind.LACKING]: "#6a51a3",
@@ -107,10 +107,11 @@ def readme(recipes: Recipes) -> str:
         f"{len(recipes.rows)} plans that the makers of an engine publish as their best "
         "(`published_plans.csv` names each one's source; its column `recipe` holds what the source's recipe files "
         f"add). {len(judged)} are read. For each, the search looks at everything that the engine offers under the "
-        "recipe's own settings, for the same model, machine, batch, sequence and precision. *Ratio* is the predicted step of the "
-        "published plan over that of the best plan found; *faster* counts answers that really differ "
+        "recipe's own settings, for the same model, machine, batch, sequence and precision. *Ratio* is the predicted "
+        "step of the published plan over that of the best plan found; *faster* counts answers that really differ "
         f"(`search.distinct`, up to {TOP}) and beat the published plan.",
-        f"**{recipes.share_near:.0%} of the published plans are predicted within 15 percent of the best.** Of the "
+        f"**{recipes.share_near:.0%} of the published plans are predicted within 15 percent of the best; with those "
+        f"whose engine does what we lack, or that were not meant as the best, {_explained(recipes):.0%}.** Of the "
         f"{len(far)} beyond, {kinds[Kind.LACKING]} use something of the engine that we have no setting for, "
         f"{kinds[Kind.PURPOSE]} were not meant as the best plan, and in {kinds[Kind.DECISION]} a decision of the "
         "recipe costs that nothing we know of forces. "
@@ -217,6 +218,11 @@ def row_columns(rows: Sequence[Recipe]) -> list[Column]:
     ]  # fmt: skip
 
 
+def _explained(recipes: Recipes) -> float:
+    found = [row.near or cause_of(row).kind is not Kind.DECISION for row in recipes.judged]
+    return sum(found) / max(len(found), 1)
+
+
 def _faster(row: Recipe) -> str:
     return f"{row.faster}+" if row.faster >= TOP else str(row.faster)
 
@@ -232,9 +238,8 @@ def _successor_text(found: Sequence[Successor]) -> list[str]:
         markdown_table(
             [
                 Column(header="question", cells=tuple(s.title for s in found), text=True),
-                Column(
-                    header="releases", cells=tuple(f"{s.earlier.release} to {s.later.release}" for s in found), text=True
-                ),
+                Column(header="from", cells=tuple(s.earlier.release for s in found), text=True),
+                Column(header="to", cells=tuple(s.later.release for s in found), text=True),
                 Column(header="earlier plan", cells=tuple(s.earlier.slug for s in found), text=True, code=True),
                 Column(header="later plan", cells=tuple(s.later.slug for s in found), text=True, code=True),
                 Column(header="measured", cells=tuple(f"{s.measured:.2f}x" for s in found)),

@@ -23,6 +23,7 @@ from autopar.report.plots.runs import (
 )  # fmt: skip
 from autopar.report.runs_tables import largest_parts, write_rows
 from autopar.report.style import save_png
+from autopar.report.sweeps import sweeps_text
 from autopar.validate.bands import bands_toml
 from autopar.validate.bars import BARS, TITLES, Bar
 from autopar.validate.study import Judged, Study, measured_arrays
@@ -185,7 +186,7 @@ def readme(study: Study) -> str:
         "![errors of single runs](plots/memory-errors.png)" if study.memory else "",
         *_pairs_text(study),
         "## Would it have picked the right layout?",
-        _sweeps_text(study),
+        sweeps_text(study.sweeps, title_of),
         *_calibration_text(study),
         "## Furthest off",
         markdown_table(worst_columns(study)),
@@ -273,36 +274,6 @@ def constant_columns(study: Study) -> list[Column]:
         Column(header="fitted on", cells=tuple(", ".join(c.sources) for c in found), text=True),
         Column(header="why it is free", cells=tuple(c.constant.why for c in found), text=True),
     ]
-
-
-def _sweeps_text(study: Study) -> str:
-    groups: dict[str, list[Any]] = {}
-    for sweep in study.sweeps:
-        groups.setdefault(sweep.source, []).append(sweep)
-    if not groups:
-        return "No source measured several layouts of one model."
-
-    def mean_tau(sweeps: list[Any]) -> str:
-        known = [s.tau for s in sweeps if s.tau is not None]
-        return f"{statistics.mean(known):.2f}" if known else ""
-
-    found = list(groups.items())
-    table = markdown_table(
-        [
-            Column(header="source", cells=tuple(title_of(source) for source, _ in found), text=True),
-            Column(header="sweeps", cells=tuple(str(len(s)) for _, s in found)),
-            Column(header="layouts", cells=tuple(str(sum(x.rows for x in s)) for _, s in found)),
-            Column(header="mean tau", cells=tuple(mean_tau(s) for _, s in found)),
-            Column(
-                header="mean loss", cells=tuple(signed_percent(statistics.mean(x.regret for x in s)) for _, s in found)
-            ),
-            Column(header="worst loss", cells=tuple(signed_percent(max(x.regret for x in s)) for _, s in found)),
-        ]
-    )
-    return (
-        "Sweeps of one model, batch and number of devices with at least three layouts. Loss: how much longer the "
-        "layout that was predicted fastest (model left out) took than the fastest one.\n\n" + table
-    )
 
 
 def _calibration_text(study: Study) -> list[str]:

@@ -25,6 +25,7 @@ class Sweep:
         rows: layouts measured.
         regret: measured time of the layout predicted fastest over that of the fastest, minus 1.
         tau: Kendall's tau-b of predicted and measured times.
+        first, fastest: slugs of the layout predicted fastest and of the fastest.
     """
 
     source: str
@@ -32,6 +33,8 @@ class Sweep:
     rows: int
     regret: float
     tau: float | None
+    first: str = ""
+    fastest: str = ""
 
 
 def question(case: Case) -> Hashable:
@@ -59,15 +62,36 @@ def sweeps(cases: Sequence[Case], predicted: Floats, measured: Floats, *, fewest
         guess = np.asarray([float(np.median(predicted[members])) for members in plans.values()])
         truth = np.asarray([float(np.median(measured[members])) for members in plans.values()])
         first = cases[next(iter(plans.values()))[0]]
+        slugs = [cases[members[0]].plan.slug for members in plans.values()]
         found.append(
             Sweep(
                 source=first.source,
                 name=f"{first.spec.name}, {first.cluster.world_size} devices, batch {first.workload.global_batch}",
                 rows=len(plans), regret=float(truth[int(np.argmin(guess))] / truth.min() - 1),
                 tau=kendall_tau(guess.tolist(), truth.tolist()),
+                first=slugs[int(np.argmin(guess))], fastest=slugs[int(np.argmin(truth))],
             )
         )  # fmt: skip
     return tuple(found)
+
+
+def after_one_run(cases: Sequence[Case], predicted: Floats, measured: Floats, cells: Sequence[Hashable]) -> Floats:
+    """Predictions times the median of measured / predicted of the runs of the same cell in other sweeps, [cases].
+
+    What a planner knows that has measured one layout of each cell; unchanged where no other sweep has the cell.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, cell in enumerate(cells):
+        if np.isfinite(predicted[index]) and np.isfinite(measured[index]):
+            groups.setdefault(cell, []).append(index)
+    asked = [question(case) for case in cases]
+    found = predicted.copy()
+    for members in groups.values():
+        for index in members:
+            others = [i for i in members if asked[i] != asked[index]]
+            if others:
+                found[index] *= float(np.median([measured[i] / predicted[i] for i in others]))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -175,7 +175,8 @@ def setting_of(case: RunCase) -> Setting:
     """What is given."""
     workload = case.workload
     graph = build_graph(case.spec, seq_len=workload.seq_len, precision=workload.precision)
-    return Setting(graph=graph, workload=workload, cluster=case.cluster, stack=offering(load_stack(case.stack)))
+    stack = offering(load_stack(case.stack), experts=case.spec.num_experts > 0)
+    return Setting(graph=graph, workload=workload, cluster=case.cluster, stack=stack)
 
 
 def offloaded_layers(plan: PublishedPlan) -> int:
@@ -218,7 +219,7 @@ def _judge(plan: PublishedPlan, case: RunCase, known: dict[tuple[Any, ...], _Que
     )  # fmt: skip
 
 
-def _memory(published: Estimate, blocks: int, hosted: int) -> dict[str, float]:
+def _memory(published: Estimate, blocks: int, hosted: int) -> dict[str, Any]:
     on_host = published.memory["activations"] * min(hosted / blocks, 1.0)
     return {
         "memory_gib": (published.memory_bytes - on_host) / GIB,

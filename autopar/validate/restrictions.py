@@ -68,16 +68,17 @@ def _one_expert_rank(plans: PlanArrays, workload: Workload) -> Bools:
 
 def _cannot_overlap(plans: PlanArrays, workload: Workload) -> Bools:
     serial = (plans.ep == 1) | ((plans.pp > 1) & (plans.vp == 1))
-    return serial | _full(plans, workload) | (plans.modules & modules_mask(("moe",)) > 0)
+    return np.asarray(serial | _full(plans, workload) | (plans.modules & modules_mask(("moe",)) > 0))
 
 
-def _sharded_beside(plans: PlanArrays, workload: Workload) -> Bools:
-    return (plans.zero == 3) & ((plans.pp > 1) | (plans.ep > 1))
+def _sharded_in_pipeline(plans: PlanArrays, workload: Workload) -> Bools:
+    return np.asarray((plans.zero == 3) & (plans.pp > 1))
 
 
 def _ragged(plans: PlanArrays, workload: Workload) -> Bools:
     m = workload.global_batch // (plans.dp * plans.microbatch)
-    return (plans.schedule == SCHEDULE_CODES.index(ScheduleName.INTERLEAVED)) & (m % plans.pp != 0)
+    interleaved = plans.schedule == SCHEDULE_CODES.index(ScheduleName.INTERLEAVED)
+    return np.asarray(interleaved & (m % plans.pp != 0))
 
 
 def _along_sequence(plans: PlanArrays, workload: Workload) -> Bools:
@@ -99,9 +100,9 @@ RESTRICTIONS: tuple[Restriction, ...] = (
         source=f"{TRANSFORMER_CONFIG}: full recomputation only with graphs of whole iterations",
     ),
     Restriction(
-        name="FSDP beside a pipeline or experts", stacks=MEGATRON_CORE, forbids=_sharded_beside,
-        source="scripts/performance of NVIDIA/NeMo and NVIDIA-NeMo/Megatron-Bridge: Megatron-FSDP for dense models"
-        " without a pipeline",
+        name="FSDP in a pipeline", stacks=MEGATRON_CORE, forbids=_sharded_in_pipeline,
+        source="scripts/performance of NVIDIA/NeMo and NVIDIA-NeMo/Megatron-Bridge: Megatron-FSDP without a"
+        " pipeline (and for dense models alone)",
     ),
     Restriction(
         name="sequence parallelism", stacks=("megatron-2020", "megatron-2021"),
@@ -140,10 +141,10 @@ def veto(found: tuple[Restriction, ...], workload: Workload) -> Forbidden:
     return forbidden
 
 
-def offering(stack: Stack) -> Stack:
-    """The stack with what its recipes use beside what it offers to a search."""
+def offering(stack: Stack, *, experts: bool) -> Stack:
+    """The stack with what its recipes of models with or without experts use beside what it offers to a search."""
     engine = stack.name.split("+")[0]
-    if engine not in RUNS_FSDP or 3 in stack.data.shardable:
+    if experts or engine not in RUNS_FSDP or 3 in stack.data.shardable:
         return stack
     return dataclasses.replace(stack, data=dataclasses.replace(stack.data, shardable=(*stack.data.shardable, 3)))
 

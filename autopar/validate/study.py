@@ -21,7 +21,7 @@ from autopar.fit.problem import Case, Problem
 from autopar.validate.bands import coverage, fit_bands, widening
 from autopar.validate.bars import BARS, Bar
 from autopar.validate.calibrate import calibrated_error, width_cell
-from autopar.validate.choices import MemoryPair, Sweep, memory_pairs, sweeps
+from autopar.validate.choices import MemoryPair, Sweep, after_one_run, memory_pairs, sweeps
 from autopar.validate.memory_bands import MemoryRow, fit_memory_bands, memory_coverage
 from autopar.validate.plans import kendall_tau
 from autopar.validate.rival import constant_efficiency, ideal_seconds
@@ -79,7 +79,8 @@ class Study:
         constants: after the fit on everything.
         bands: fitted on left-out errors; ``coverage`` is the share of left-out runs inside bands of others.
         memory_bands, memory_coverage: the same of memory.
-        sweeps: choices among layouts.
+        sweeps: choices among layouts by predictions of fits without the model, ``shipped`` specifications, and with
+            ``one run`` of the same width, tp and microbatch measured in another sweep.
         calibrated: error with one run of each cell measured, and number of pairs, by source; shares.
         pairs: differences of memory.
         source_out_mean: mean over sources of the error with the source left out, percent.
@@ -96,7 +97,7 @@ class Study:
     coverage: float
     memory_bands: MemoryBands | None
     memory_coverage: float
-    sweeps: tuple[Sweep, ...]
+    sweeps: Mapping[str, tuple[Sweep, ...]]
     calibrated: Mapping[str, tuple[float, int]]
     pairs: tuple[MemoryPair, ...]
     source_out_mean: float | None
@@ -246,12 +247,15 @@ def _constants(result: FitResult | None, models: LeftOut | None, sources: LeftOu
     return tuple(found)
 
 
-def _sweeps(validation: RunsValidation, left_out: Mapping[int, float]) -> tuple[Sweep, ...]:
-    problem = validation.problem
-    predicted = validation.predictions.step_s.copy()
+def _sweeps(validation: RunsValidation, left_out: Mapping[int, float]) -> dict[str, tuple[Sweep, ...]]:
+    cases, shipped = validation.problem.cases, validation.predictions.step_s
+    measured = measured_arrays(validation.problem)[0]
+    predicted = shipped.copy()
     for index, seconds in left_out.items():
         predicted[index] = seconds
-    return sweeps(problem.cases, predicted, measured_arrays(problem)[0])
+    known = after_one_run(cases, shipped, measured, [width_cell(case) for case in cases])
+    guesses = {"model left out": predicted, "shipped": shipped, "one run": known}
+    return {name: sweeps(cases, guess, measured) for name, guess in guesses.items()}
 
 
 def _calibrated(validation: RunsValidation) -> dict[str, tuple[float, int]]:

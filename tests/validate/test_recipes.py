@@ -100,7 +100,7 @@ def test_restrictions_hit_whom_they_name() -> None:
         "flex dispatcher": ("tp1.cp1.dp8.z1.mb1", "tp1.cp1.ep8.dp8.z1.mb1"),
         "overlapped exchange": ("tp1.pp2.cp1.ep4.dp4.z1.mb1", "tp1.pp2.vp2.cp1.ep4.dp4.z1.mb1"),
         "graphs of parts": ("tp1.cp1.dp8.z1.mb1.ac-full", "tp1.cp1.dp8.z1.mb1.ac-selective"),
-        "FSDP beside a pipeline or experts": ("tp1.pp2.cp1.dp4.z3.mb1", "tp1.pp2.cp1.dp4.z1.mb1"),
+        "FSDP in a pipeline": ("tp1.pp2.cp1.dp4.z3.mb1", "tp1.pp2.cp1.dp4.z1.mb1"),
         "sequence parallelism": ("tp2.cp1.dp4.z1.mb1.sp", "tp2.cp1.dp4.z1.mb1"),
         "microbatches of interleaving": ("pp4.vp2.dp2.mb4", "pp4.vp2.dp2.mb1"),
         "recomputation of the study": ("dp8.mb1.ac-full3", "dp8.mb1.ac-full"),
@@ -118,7 +118,7 @@ def test_restrictions_hit_whom_they_name() -> None:
 
 def test_restrictions_follow_the_stack() -> None:
     names = {r.name for r in restrictions_of("megatron-bridge+hybridep", "megatron-bridge")}
-    assert names == {"flex dispatcher", "FSDP beside a pipeline or experts"}
+    assert names == {"flex dispatcher", "FSDP in a pipeline"}
     assert {r.name for r in restrictions_of("torchtitan", "torchtitan")} == set()
     assert "recomputation of the study" in {r.name for r in restrictions_of("megatron-2021", "sc21")}
 

@@ -11,8 +11,8 @@ from autopar.report.style import GRID, INK, MUTED, legend_above, new_figure, sty
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GAP = 3
-"""Empty places between groups."""
+GAP, LEAST = 4.0, 32.0
+"""Places between groups, and that a group takes at least, so that its name finds room."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,30 +29,32 @@ def recipe_ratios(groups: Sequence[Dots], colors: dict[str, str], *, near: float
     with styled():
         figure = new_figure(4.6, width=11.0)
         axes = figure.subplots()
-        place, ticks = 0, []
+        place, ticks = 0.0, []
         for group in groups:
             order = sorted(range(len(group.ratios)), key=lambda i: -group.ratios[i])
+            width = max(float(len(order)), LEAST)
+            xs = [place + (i + 0.5) * width / len(order) for i in range(len(order))]
             for kind, color in colors.items():
                 chosen = [i for i, row in enumerate(order) if group.kinds[row] == kind]
                 axes.scatter(
-                    [place + i for i in chosen], [group.ratios[order[i]] for i in chosen], s=17, color=color,
+                    [xs[i] for i in chosen], [group.ratios[order[i]] for i in chosen], s=17, color=color,
                     linewidths=0, zorder=3,
                 )  # fmt: skip
             share = sum(ratio <= near for ratio in group.ratios) / len(group.ratios)
-            ticks.append((place + (len(order) - 1) / 2, f"{group.title}\n{share:.0%} of {len(order)}"))
-            place += len(order) + GAP
+            ticks.append((place + width / 2, f"{group.title}\n{share:.0%} of {len(order)}"))
+            place += width + GAP
             if group is not groups[-1]:
-                axes.axvline(place - (GAP + 1) / 2, color=GRID, linewidth=1.0)
+                axes.axvline(place - GAP / 2, color=GRID, linewidth=1.0)
         axes.axhline(1.0, color=MUTED, linewidth=0.8)
         axes.axhline(near, color=INK, linewidth=1.1, linestyle=(0, (6, 3)))
-        axes.text(place - GAP, near, f" +{near - 1:.0%}", va="center", ha="left", color=INK)
+        axes.text(place - 0.5, near, f" +{near - 1:.0%}", va="center", ha="left", color=INK)
         axes.set_yscale("log")
         top = max([near, *(ratio for group in groups for ratio in group.ratios)])
         marks = [mark for mark in (0.9, 1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0) if mark <= 1.15 * top]
         axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
         axes.minorticks_off()
         axes.grid(axis="y")
-        axes.set_xlim(-GAP, place)
+        axes.set_xlim(-GAP / 2, place - GAP / 2)
         axes.set_xticks([x for x, _ in ticks], [label for _, label in ticks])
         axes.tick_params(axis="x", length=0)
         axes.set_ylabel("predicted step, published / best")
