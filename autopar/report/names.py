@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from autopar.layout import USUAL_ORDER
 from autopar.plan import Plan, Recompute, default_schedule
 
 TERM_LABELS = {
@@ -50,7 +51,8 @@ def layout_name(plan: Plan) -> str:
     parts = [
         f"{axis}{degree}"
         for axis, degree in (
-            ("tp", layout.tp), ("pp", layout.pp), ("vp", layout.vp), ("cp", layout.cp), ("dp", layout.dp),
+            ("tp", layout.tp), ("pp", layout.pp), ("vp", layout.vp), ("cp", layout.cp), ("ep", layout.ep),
+            ("etp", layout.etp), ("dp", layout.dp),
         )
         if degree > 1
     ]  # fmt: skip
@@ -59,6 +61,19 @@ def layout_name(plan: Plan) -> str:
     if plan.zero_stage:
         parts.append(sharding_name(plan))
     return " ".join(parts) or "1 rank"
+
+
+def degrees_name(plan: Plan) -> str:
+    """The mesh alone, for places with little room: ``tp2 pp2 dp4``."""
+    layout = plan.layout
+    axes = (("tp", layout.tp), ("pp", layout.pp), ("cp", layout.cp), ("ep", layout.ep), ("dp", layout.dp))
+    return " ".join(f"{axis}{degree}" for axis, degree in axes if degree > 1) or "1 rank"
+
+
+def recompute_name(plan: Plan) -> str:
+    """``none``, ``selective+mlp``, ``full``, ``full 5`` for the first 5 blocks of each virtual stage."""
+    layers = f" {plan.recompute_layers}" if plan.recompute_layers else ""
+    return "+".join((f"{plan.recompute}{layers}", *plan.recompute_modules))
 
 
 def layout_words(plan: Plan) -> str:
@@ -78,9 +93,11 @@ def layout_words(plan: Plan) -> str:
 
 _DETAILS: tuple[Callable[[Plan], str], ...] = (
     lambda plan: f"mb{plan.microbatch_size}",
-    lambda plan: "" if plan.recompute is Recompute.NONE else f"ac-{plan.recompute}",
+    lambda plan: "" if plan.recompute is Recompute.NONE else f"ac-{recompute_name(plan)}",
     lambda plan: "" if plan.schedule is default_schedule(plan.layout.vp) else str(plan.schedule),
     lambda plan: "/".join(map(str, plan.stage_blocks)),
+    lambda plan: "offload" if plan.offload_optimizer else "",
+    lambda plan: "" if plan.layout.order == USUAL_ORDER else plan.layout.order,
 )
 
 

@@ -85,8 +85,8 @@ def cell_text(cell: Cell | None, scale: float) -> str:
     if cell.step_s is not None:
         return significant(cell.step_s / scale)
     if cell.reason == "memory" and cell.memory_ratio is not None:
-        return f"memory x{significant(cell.memory_ratio, 2)}"
-    return cell.reason
+        return f"{significant(cell.memory_ratio, 2)}x mem"
+    return cell.reason.removeprefix("key-value ").removeprefix("query ")
 
 
 def grid(found: StrategyComparison) -> tuple[list[int], list[int], dict[tuple[int, int], Cell]]:
@@ -119,7 +119,11 @@ def comparison_table(found: StrategyComparison, *, width: int = 120, title: str 
         Text(),
         terminal_table(scaling_columns(found), width, title="Cluster size, the global batch as it is"),
         Text(),
-        terminal_table(map_columns(found), width, title="Best step by tp and pp, whatever the rest"),
+        terminal_table(
+            map_columns(found),
+            width,
+            title="Best step by tp and pp, whatever the rest (2x mem: needs twice the memory)",
+        ),
         Text(),
         Text(f"{found.considered} plans considered on the whole cluster, {found.feasible} feasible."),
     )

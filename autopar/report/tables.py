@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from autopar.estimate import Estimate
 from autopar.report.columns import Column, terminal_table
-from autopar.report.names import MEMORY_LABELS, TERM_LABELS, sharding_name
+from autopar.report.names import MEMORY_LABELS, TERM_LABELS, recompute_name, sharding_name
 from autopar.report.numbers import parts_of, percent, signed_percent, significant
 from autopar.report.style import memory_scale, time_scale
 from autopar.search.exhaustive import SearchResult
@@ -37,10 +37,11 @@ def plan_columns(estimates: Sequence[Estimate], *, device: str = "GPU") -> list[
         number("pp", [str(p.layout.pp) for p in plans]),
         number("vp", [str(p.layout.vp) for p in plans], 7),
         number("cp", [str(p.layout.cp) for p in plans], 7),
+        *([number("ep", [str(p.layout.ep) for p in plans])] if any(p.layout.ep > 1 for p in plans) else []),
         number("dp", [str(p.layout.dp) for p in plans]),
         Column(header="sharding", cells=tuple(sharding_name(p) for p in plans), text=True),
         number("mb", [str(p.microbatch_size) for p in plans]),
-        Column(header="recompute", cells=tuple(str(p.recompute) for p in plans), text=True, drop=6),
+        Column(header="recompute", cells=tuple(recompute_name(p) for p in plans), text=True, drop=6),
         number(f"step {unit}", [significant(e.step_s / scale) for e in estimates]),
         number(f"tok/s/{device}", [significant(e.tokens_per_s_per_gpu) for e in estimates], 2),
         number(f"TF/s/{device}", [significant(e.model_flops_per_s_per_gpu / TFLOPS) for e in estimates], 5),

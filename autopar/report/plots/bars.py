@@ -39,7 +39,7 @@ def step_breakdown(estimates: Sequence[Estimate], names: Mapping[str, str], vali
     scale, unit = time_scale(rows[0].step_s)
     with styled():
         figure, axes = _canvas(len(rows))
-        _stack(axes, [e.breakdown for e in rows], scale, TERM_COLORS, TERM_LABELS)
+        stack_bars(axes, [e.breakdown for e in rows], scale, TERM_COLORS, TERM_LABELS)
         ends = [e.step_s / scale for e in rows]
         notes = [""] * len(rows)
         if validation is not None:
@@ -50,7 +50,7 @@ def step_breakdown(estimates: Sequence[Estimate], names: Mapping[str, str], vali
             _markers(axes, middle, (low, high))
             ends = [max(e, m + h) for e, m, h in zip(ends, middle, high, strict=True)]
             notes = [signed_percent(c.error, 0) for c in found]
-        _finish(axes, [names[e.plan.slug] for e in rows], ends, notes, f"step time [{unit}]")
+        finish_bars(axes, [names[e.plan.slug] for e in rows], ends, notes, f"step time [{unit}]")
         axes.set_title(
             "Predicted step by its parts" + (", and the measured step" if validation else ""), pad=_title_pad(axes)
         )
@@ -63,7 +63,7 @@ def memory_items(estimates: Sequence[Estimate], names: Mapping[str, str], valida
     scale, unit = memory_scale(max(e.memory_bytes for e in rows))
     with styled():
         figure, axes = _canvas(len(rows))
-        _stack(axes, [e.memory for e in rows], scale, MEMORY_COLORS, MEMORY_LABELS)
+        stack_bars(axes, [e.memory for e in rows], scale, MEMORY_COLORS, MEMORY_LABELS)
         ends = [e.memory_bytes / scale for e in rows]
         notes = [""] * len(rows)
         if validation is not None:
@@ -72,7 +72,7 @@ def memory_items(estimates: Sequence[Estimate], names: Mapping[str, str], valida
             _markers(axes, peaks, None)
             ends = [max(e, p) for e, p in zip(ends, peaks, strict=True)]
             notes = [signed_percent(c.memory_error, 1) for c in found]
-        _finish(axes, [names[e.plan.slug] for e in rows], ends, notes, f"peak of the fullest rank [{unit}]")
+        finish_bars(axes, [names[e.plan.slug] for e in rows], ends, notes, f"peak of the fullest rank [{unit}]")
         axes.set_title(
             "Predicted memory by its items" + (", and the measured peak" if validation else ""), pad=_title_pad(axes)
         )
@@ -89,14 +89,14 @@ def _canvas(rows: int) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _stack(
+def stack_bars(
     axes: Axes, rows: Sequence[Mapping[str, float]], scale: float, colors: Mapping[str, str], labels: Mapping[str, str]
 ) -> None:
+    """A stacked bar per row; what is too small to be seen anywhere needs no entry in the legend."""
     left = [0.0] * len(rows)
     whole = max(sum(row.values()) for row in rows)
     for name, color in colors.items():
         widths = [max(0.0, row[name]) / scale for row in rows]
-        # What is too small to be seen anywhere needs no entry in the legend.
         if max(widths) * scale < 2e-3 * whole:
             continue
         axes.barh(
@@ -119,7 +119,8 @@ def _markers(axes: Axes, middle: Sequence[float], whiskers: tuple[list[float], l
         axes.errorbar(middle, rows, xerr=whiskers, fmt="none", ecolor=INK, elinewidth=1.3, capsize=3.5, zorder=5)
 
 
-def _finish(axes: Axes, names: Sequence[str], ends: Sequence[float], notes: Sequence[str], label: str) -> None:
+def finish_bars(axes: Axes, names: Sequence[str], ends: Sequence[float], notes: Sequence[str], label: str) -> None:
+    """Names of the bars, a note at the end of each, limits and legend."""
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel(label)
     axes.set_xlim(0, max(ends) * (1.09 if any(notes) else 1.02))
