@@ -84,8 +84,8 @@ class Layout:
             )
         if self.ep * self.etp > 1 and not self.order.endswith("-pp"):
             raise PlanError(
-                f"layout: experts divide the ranks of a pipeline stage, which order {self.order} does not keep together:"
-                " use an order that ends in pp"
+                f"layout: experts divide the ranks of a pipeline stage, which order {self.order} does not keep "
+                "together: use an order that ends in pp"
             )
 
     @property

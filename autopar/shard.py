@@ -157,7 +157,7 @@ def kept_bytes(tensors: Iterable[SavedTensor], graph: OpGraph, degrees: Degrees,
     return total * batch_scale(graph, degrees)
 
 
-def boundary_bytes(graph: OpGraph, degrees: Degrees, stack: Stack) -> Any:
+def boundary_bytes(graph: OpGraph, degrees: Any, stack: Stack) -> Any:
     """Bytes of the activation between two blocks on one rank: what pipeline neighbours send."""
     return graph.boundary_bytes * activation_share(Split.TOKENS, degrees, stack) * batch_scale(graph, degrees)
 

@@ -245,7 +245,7 @@ class Offers:
         schedules: of pipelines; none where pp is not among the axes.
         selective: modules that selective recomputation may cover.
         partial_recompute: full recomputation may cover the first blocks of every virtual stage alone.
-        uneven_ends: the first and the last virtual stage may have fewer blocks than the others, which have equally many.
+        uneven_ends: the first and the last virtual stage may have fewer blocks than the equal others.
         offload: optimizer state may lie in host memory.
         orders: of mesh axes on the machine, fastest first.
     """

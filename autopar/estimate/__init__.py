@@ -105,9 +105,7 @@ def _evaluate(
     is_end = np.asarray([part.is_end(graph) for part in parts])
     where = place(parts, graph.num_blocks, plans, stack, every_rank=every_rank)
     sharded = (plans.zero >= 2) & (plans.shards > 1) & by_sharding
-    first, pass_of = distinct(
-        rows, where.shape, plans.recompute, plans.modules, plans.recompute_layers, sharded
-    )
+    first, pass_of = distinct(rows, where.shape, plans.recompute, plans.modules, plans.recompute_layers, sharded)
     passes = plans.select(first)
     work = rank_work(prices, rows[first], where.take(first), is_block, is_end, passes, stack)
     work = with_overheads(work, passes, stack)
@@ -129,7 +127,7 @@ def _pipeline_ends(setting: Setting, plans: PlanArrays, work: RankWork, m: Float
     sharing = m[:, None] * slower * (work.forward + work.backward + work.recompute)
     ends = alone.ends + sharing
     for i in np.flatnonzero(plans.pp > 1):
-        simulated = np.asarray([rank[-1].end for rank in timeline(setting, plans.plan(i)).ranks])
+        simulated = np.asarray([rank[-1].end for rank in timeline(setting, plans.plan(int(i))).ranks])
         ends[i] = simulated[work.ranks[i]]
         sharing[i] = np.maximum(ends[i] - alone.ends[i], 0.0)
     return PipelineEnds(ends=ends, sharing=sharing)

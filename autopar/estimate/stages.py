@@ -174,22 +174,6 @@ def section_counts(
     return counts
 
 
-def telling_ranks(counts: Floats) -> tuple[Ints, Ints]:
-    """Ranks that tell all others: the first and the last of neighbours that hold the same; and whom each is like.
-
-    ``counts`` are [ranks, sections]. Among ranks that hold the same, all that depends on the place in the pipeline
-    (microbatches in flight, the end of the passes) goes one way, so that its extremes are at these; the pipeline's
-    first and last rank are always among them.
-    """
-    last = len(counts) - 1
-    changes = np.flatnonzero((counts[1:] != counts[:-1]).any(axis=1))
-    starts = np.unique(np.concatenate([[0, last], changes + 1, [1] if last > 1 else []]).astype(np.int64))
-    ends = np.unique(np.concatenate([starts[1:] - 1, [last]]))
-    ranks = np.unique(np.concatenate([starts, ends]))
-    first_of = starts[np.searchsorted(starts, np.arange(last + 1), side="right") - 1]
-    return ranks, np.searchsorted(ranks, first_of)
-
-
 def rank_work(
     prices: Prices,
     rows: Ints,

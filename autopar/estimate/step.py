@@ -62,9 +62,7 @@ def transfer_seconds(setting: Setting, plans: PlanArrays, boundary: Floats) -> F
         setting.cluster, "send", 2, stride, part / np.where(inside, habits.node_share, 1.0), algorithms
     )
     if habits.scatters:
-        gather = collective_seconds(
-            setting.cluster, "all_gather", plans.tp, plans.stride("tp"), boundary, algorithms
-        )
+        gather = collective_seconds(setting.cluster, "all_gather", plans.tp, plans.stride("tp"), boundary, algorithms)
         seconds = seconds + np.where(scatters, gather, 0.0)
     seconds = seconds * np.where(plans.vp > 1, habits.interleaved_exposed, 1.0)
     return np.asarray(np.where(plans.pp > 1, seconds + setting.collective_wait, 0.0))

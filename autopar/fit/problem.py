@@ -174,6 +174,7 @@ def _joined(costs: Sequence[Costs]) -> Costs:
         memory_bytes=np.concatenate([np.zeros(0), *(c.memory_bytes for c in costs)]),
         terms=together([c.terms for c in costs]),
         memory=together([c.memory for c in costs]),
+        host_bytes=np.concatenate([np.zeros(0), *(c.host_bytes for c in costs)]),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from autopar.report.columns import Column, terminal_table
@@ -52,8 +53,8 @@ def scaling_columns(found: StrategyComparison) -> list[Column]:
     shares = scaling_efficiency(rows)
     scale, unit = time_scale(min((p.best.step_s for p in rows if p.best is not None), default=1.0))
 
-    def cells(text: list[str | None]) -> tuple[str, ...]:
-        return tuple("-" if cell is None else cell for cell in text)
+    def cells(text: Sequence[object]) -> tuple[str, ...]:
+        return tuple("-" if cell is None else str(cell) for cell in text)
 
     return [
         Column(header="GPUs", cells=tuple(str(p.world_size) for p in rows)),

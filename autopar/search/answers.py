@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from autopar.estimate import Estimate, Setting
 from autopar.search.distinct import distinct_key
 from autopar.search.exhaustive import SearchResult, search
 from autopar.search.space import Space
-
-VARIANTS = 6
-"""Plans that are looked at per answer that is wanted; where these do not suffice, more are."""
 
 
 def top_answers(
@@ -20,15 +15,7 @@ def top_answers(
 
     Fewer where the space has no more answers. Raises NoFeasiblePlan.
     """
-    if all_variants:
-        return search(setting, top=top, space=space)
-    wanted = top if top == 1 else VARIANTS * top
-    while True:
-        found = search(setting, top=wanted, space=space)
-        best = distinct(found.best)
-        if len(best) >= top or len(found.best) < wanted:
-            return dataclasses.replace(found, best=best[:top])
-        wanted *= 4
+    return search(setting, top=top, space=space, distinct=not all_variants)
 
 
 def distinct(ranked: tuple[Estimate, ...]) -> tuple[Estimate, ...]:

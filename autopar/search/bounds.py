@@ -185,7 +185,9 @@ def _separate(setting: Setting, cores: Cores, parts: Sequence[Section]) -> Itera
     if setting.graph.num_experts:
         # What experts cost depends on tp * cp alone, and on whether there is any tp.
         tp = np.where(cores.tp > 1, 2, 1)
-        apart = dataclasses.replace(cores, tp=tp, cp=cores.tp * cores.cp // tp, sp=np.zeros_like(cores.sp), order=0 * tp)
+        apart = dataclasses.replace(
+            cores, tp=tp, cp=cores.tp * cores.cp // tp, sp=np.zeros_like(cores.sp), order=0 * tp
+        )
         yield (*combinations(apart), [_some(part, experts=True) for part in parts])
 
 
@@ -224,7 +226,9 @@ def weight_bytes(setting: Setting, cores: Cores, decided: Decisions) -> tuple[Fl
         state = 0.0 if decided.offload[column] else setting.state_bytes
         for which, ranks in enumerate((cores.dp * cores.cp, edp)):
             n = np.maximum(ranks, 1)
-            held = width / (n if zero >= 3 else 1) + state / (n if zero >= 1 else 1) + gradient / (n if zero >= 2 else 1)
+            held = (
+                width / (n if zero >= 3 else 1) + state / (n if zero >= 1 else 1) + gradient / (n if zero >= 2 else 1)
+            )
             least[which] = np.minimum(least[which], np.where(cores.holdings[:, column], held, np.inf))
     return least[0], least[1]
 

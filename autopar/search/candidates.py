@@ -134,7 +134,7 @@ def _pairs(ground: Ground, pp: int, threshold: float, tally: Counter[str]) -> _P
     held = on_ranks(np.where(pieces.is_end, 0.0, pieces.kept_least[rows]), shapes.counts) * flight
     used = with_reserve(setting, (static + held).max(axis=2))
     rule_out(MEMORY, used > setting.cluster.device.memory_bytes)
-    least = pipe_seconds(pieces.passes[rows], m, shapes) + setting.stack.host.step_seconds
+    least = pipe_seconds(pieces.passes[rows], m.astype(float), shapes) + setting.stack.host.step_seconds
     rule_out(SLOWER, step_factor(setting, cores)[:, None] * least > threshold)
     core, pipe = np.nonzero(alive)
     return _Pairs(
@@ -155,7 +155,7 @@ def _recomputed(ground: Ground, pairs: _Pairs, threshold: float, tally: Counter[
 
     def total(each: Floats, counts: Floats = pairs.counts) -> Floats:
         """Of quantities [combinations, sections], what the ranks of each pair have, [pairs, ranks]."""
-        return np.einsum("ps,prs->pr", each[rows], counts)
+        return np.asarray(np.einsum("ps,prs->pr", each[rows], counts))
 
     def within(index: int, own: Floats, fill: Floats, kept: Floats, at: Ints = everyone) -> tuple[Candidates, Bools]:
         """Those of the pairs ``at`` that stay in the running, and which of these are not too slow."""
@@ -178,7 +178,9 @@ def _recomputed(ground: Ground, pairs: _Pairs, threshold: float, tally: Counter[
     modules = {}
     for bit in range(len(RECOMPUTE_MODULES)):
         if (decided.modules >> bit & 1).any():
-            more, less = (np.where(pieces.is_block, x[:, :, bit], 0.0) for x in (pieces.prices.again, pieces.prices.freed))
+            more, less = (
+                np.where(pieces.is_block, x[:, :, bit], 0.0) for x in (pieces.prices.again, pieces.prices.freed)
+            )
             modules[bit] = (total(more), total(more, pairs.before), total(less))
     for index in range(decided.whole_recomputes):
         if decided.recompute[index] == SELECTIVE:

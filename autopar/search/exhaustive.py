@@ -1,9 +1,9 @@
 """Exact search by branch and bound: the fastest plans of the whole space that fit in memory, and proof of it.
 
-Minimise step_s(x) over x in X with memory(x) <= limit; X is ``space``, step_s and memory are ``estimate_many``, the very
-functions that ``estimate`` prints. Cores are taken in the order of their lower bounds (``bounds``). A plan is left
-unpriced only if a rule forbids it, a lower bound of its memory is above the limit, or a lower bound of its time is above
-the time of the last plan to be returned; so nothing that is left out could have been returned. Ties go to less memory,
+Minimise step_s(x) over x in X with memory(x) <= limit; X is ``space``, step_s and memory are ``estimate_many``, the
+very functions that ``estimate`` prints. Cores are taken in the order of their lower bounds (``bounds``). A plan is left
+unpriced only if a rule forbids it, a lower bound of its memory is above the limit, or a lower bound of its time is
+above the time of the last plan to be returned; so nothing that is left out could have been returned. Ties go to less memory,
 then to the slug's order.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from autopar.errors import PlanError
 from autopar.estimate import Setting
@@ -86,10 +87,17 @@ def _shardings(setting: Setting, plan: Plan) -> Iterator[Change]:
         yield (
             "sharding",
             f"ZeRO-{zero}" if zero else "no sharding",
-            lambda zero=zero, spread=spread: dataclasses.replace(
-                plan, zero_stage=zero, layout=dataclasses.replace(layout, **spread)
-            ),
+            partial(_sharded, plan, zero, spread),
         )
+
+
+def _sharded(plan: Plan, zero: int, spread: dict[str, int]) -> Plan:
+    layout = dataclasses.replace(plan.layout, dp_replicate=spread["dp_replicate"], dp_shard=spread["dp_shard"])
+    return dataclasses.replace(plan, zero_stage=zero, layout=layout)
+
+
+def _with_microbatch(plan: Plan, size: int) -> Plan:
+    return dataclasses.replace(plan, microbatch_size=size)
 
 
 def _microbatches(setting: Setting, plan: Plan) -> Iterator[Change]:
@@ -100,7 +108,7 @@ def _microbatches(setting: Setting, plan: Plan) -> Iterator[Change]:
         yield (
             "microbatch",
             f"microbatches of {size}",
-            lambda size=size: dataclasses.replace(plan, microbatch_size=size),
+            partial(_with_microbatch, plan, size),
         )
 
 
@@ -117,10 +125,10 @@ def _degrees(setting: Setting, plan: Plan) -> Iterator[Change]:
             for sequence in (True, False) if axis == "tp" and degree > 1 else (plan.sequence_parallel,):
                 yield axis, words, _degree(plan, world, axis, degree, sequence)
     for degree in divisors(max(1, setting.graph.num_blocks // layout.pp)) if layout.pp > 1 else ():
-        yield "virtual stages", f"vp{degree}", lambda degree=degree: with_degrees(plan, world, vp=degree)
+        yield "virtual stages", f"vp{degree}", partial(with_degrees, plan, world, vp=degree)
     if setting.graph.num_experts:
         for degree in divisors(setting.graph.num_experts):
-            yield "ep", f"ep{degree}", lambda degree=degree: with_degrees(plan, world, ep=degree)
+            yield "ep", f"ep{degree}", partial(with_degrees, plan, world, ep=degree)
 
 
 def _degree(plan: Plan, world: int, axis: str, degree: int, sequence: bool) -> Callable[[], Plan]:
@@ -149,7 +157,8 @@ def with_degrees(plan: Plan, world_size: int, **degrees: int) -> Plan:
     if zero and replicas == dp:
         replicas = 1
     spread = {"dp_replicate": replicas, "dp_shard": dp // replicas} if zero else {"dp_replicate": dp, "dp_shard": 1}
-    changed: Layout = dataclasses.replace(layout, pp=pp, vp=vp, **spread, **wanted)
+    spread |= wanted
+    changed: Layout = dataclasses.replace(layout, pp=pp, vp=vp, **spread)  # type: ignore[arg-type]
     same_stages = (pp, vp) == (layout.pp, layout.vp)
     usual = plan.schedule in DEFAULT_SCHEDULES or not same_stages
     return dataclasses.replace(

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from autopar.estimate.arrays import SCHEDULE_CODES, Bools, Ints
+from autopar.estimate.arrays import SCHEDULE_CODES, Bools, Ints, PlanArrays
 from autopar.estimate.setting import Setting
 from autopar.plan import fewest_microbatches
 from autopar.search.space import Cores, Decisions, Space
 
 
-def core_rules(setting: Setting, cores: Cores) -> dict[str, Bools]:
+def plan_rules(setting: Setting, plans: PlanArrays, space: Space) -> dict[str, Bools]:
+    """Reasons against plans one by one, in the order in which they count; each array says whom it hits, [plans]."""
+    found = core_rules(setting, plans)
+    m = setting.workload.global_batch // (plans.dp * plans.microbatch)
+    found |= _pipe_rules(setting, space, plans.splits, plans.pp, plans.vp, plans.schedule, plans.split, m)
+    found["offload"] = plans.offload & (plans.zero == 0) & (plans.dp * plans.cp > 1)
+    return found
+
+
+def core_rules(setting: Setting, cores: Cores | PlanArrays) -> dict[str, Bools]:
     """Reasons against cores, in the order in which they count; each array says whom it hits, [cores]."""
     graph, workload, attention = setting.graph, setting.workload, setting.graph.attention
 
@@ -39,18 +49,25 @@ def pipe_rules(
     setting: Setting, space: Space, decided: Decisions, pp: int, num_microbatches: Ints, pipes: Ints
 ) -> dict[str, Bools]:
     """Reasons against pipes of ``pp`` ranks, [cores, pipes]; ``num_microbatches`` are [cores]."""
-    m = num_microbatches[:, None]
-    stages = pp * decided.pipe_vp[pipes]
-    empty = np.asarray([split.count(0) for split in decided.splits])[decided.pipe_split[pipes]]
-    fewest = _fewest_microbatches(pp)[decided.pipe_schedule[pipes]]
-    everywhere = np.zeros((len(num_microbatches), 1), dtype=np.bool_)
+    return _pipe_rules(
+        setting, space, decided.splits, np.asarray(pp), decided.pipe_vp[pipes], decided.pipe_schedule[pipes],
+        decided.pipe_split[pipes], num_microbatches[:, None],
+    )  # fmt: skip
+
+
+def _pipe_rules(
+    setting: Setting, space: Space, splits: Sequence[tuple[int, ...]], pp: Ints, vp: Ints, schedule: Ints, split: Ints,
+    m: Ints,
+) -> dict[str, Bools]:  # fmt: skip
+    """Of arrays that broadcast: pipeline ranks, virtual stages, codes of schedules and splits, microbatches."""
+    empty = np.asarray([blocks.count(0) for blocks in splits])[split]
+    shape = np.broadcast_shapes(np.shape(pp), vp.shape, m.shape)
+    degrees = np.unique(pp)
+    fewest = np.asarray([[fewest_microbatches(name, int(p)) for name in SCHEDULE_CODES] for p in degrees])
+    least = fewest[np.searchsorted(degrees, pp), schedule]
+    stages = pp * vp > setting.graph.num_blocks + empty
     return {
-        "stages": (stages > setting.graph.num_blocks + empty) | everywhere,
-        "microbatches": m < fewest,
-        "pipeline too empty": ((pp > 1) & (m < space.min_microbatches)) | np.zeros(len(pipes), dtype=np.bool_),
+        "stages": np.broadcast_to(stages, shape),
+        "microbatches": np.broadcast_to(m < least, shape),
+        "pipeline too empty": np.broadcast_to((pp > 1) & (m < space.min_microbatches), shape),
     }
-
-
-def _fewest_microbatches(pp: int) -> Ints:
-    """By schedule code, see ``plan.fewest_microbatches``."""
-    return np.asarray([fewest_microbatches(name, pp) for name in SCHEDULE_CODES])

@@ -34,6 +34,7 @@ from autopar.estimate.arrays import (
 )
 from autopar.estimate.setting import Setting
 from autopar.graph import RECOMPUTE_MODULES
+from autopar.layout import USUAL_ORDER
 from autopar.plan import V_SCHEDULES, VIRTUAL_SCHEDULES, Recompute, ScheduleName, even_split
 
 AXES = ("tp", "cp", "pp", "ep", "etp")
@@ -52,6 +53,8 @@ class Space:
         max_vp: most virtual stages per rank.
         recompute: settings to try.
         partial_recompute, uneven_ends, offload: whether to try what the engine offers.
+        every_module_set: all sets of modules that selective recomputation may cover; else the first module alone, and
+            all of them.
         schedules, orders: to try; None means those that the engine offers.
     """
 
@@ -64,8 +67,14 @@ class Space:
     partial_recompute: bool = True
     uneven_ends: bool = True
     offload: bool = True
+    every_module_set: bool = True
     schedules: tuple[ScheduleName, ...] | None = None
     orders: tuple[str, ...] | None = None
+
+
+PLAIN = Space(partial_recompute=False, uneven_ends=False, offload=False, every_module_set=False, orders=(USUAL_ORDER,))
+"""The part of the space that can be listed even for large clusters: degrees, microbatch, sharding, interleaving and
+recomputation of whole stages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,12 +269,15 @@ def _holdings(setting: Setting, columns: Mapping[str, Ints], decided: Decisions)
 def shards_in_node(setting: Setting, tp: Ints, cp: Ints, pp: Ints, dp: Ints, order: Ints) -> Ints:
     """Data parallel ranks that share a node."""
     apart = strides(tp=tp, cp=cp, pp=pp, dp=dp, order=order)["data"]
-    return np.maximum(1, setting.cluster.devices_per_node // (apart * cp))
+    return np.asarray(np.maximum(1, setting.cluster.devices_per_node // (apart * cp)))
 
 
 @lru_cache(maxsize=16)
 def _pipes(blocks: int, degrees: tuple[int, ...], space_vp: int, uneven: bool, schedules: tuple[str, ...]) -> Any:
-    vp, schedule, split, most = [], [], [], []
+    vp: list[int] = []
+    schedule: list[int] = []
+    split: list[int] = []
+    most: list[int] = []
     splits: dict[tuple[int, ...], int] = {(): 0}
     pipes_of: dict[int, list[int]] = {}
 
@@ -319,6 +331,8 @@ def decisions(setting: Setting, space: Space) -> Decisions:
     present = {op.module for op in graph.ops if 0 <= op.block < graph.num_blocks}
     modules = [m for m in RECOMPUTE_MODULES if m in offered.selective and (m in present or m == "op_level")]
     sets = [c for n in range(1, len(modules) + 1) for c in combinations(modules, n) if not {"moe", "moe_act"} <= set(c)]
+    if not space.every_module_set:
+        sets = [chosen for place, chosen in enumerate(sets) if place in (0, len(sets) - 1)]
     masks = [modules_mask((*chosen, "moe_act") if "moe" in chosen else chosen) for chosen in sets]
     options = [(NONE, 0, 0)] if Recompute.NONE in space.recompute else []
     options += [(SELECTIVE, mask, 0) for mask in masks if Recompute.SELECTIVE in space.recompute]
@@ -348,7 +362,7 @@ def number_of_plans(cores: Cores, decided: Decisions) -> Ints:
     degrees, which = np.unique(cores.pp, return_inverse=True)
     nothing = np.zeros(0, dtype=np.int64)
     each = [int(decided.recomputes(decided.pipes_of.get(pp, nothing)).sum()) for pp in degrees.tolist()]
-    return np.asarray(each, dtype=np.int64)[which] * cores.holdings.sum(axis=1)
+    return np.asarray(np.asarray(each, dtype=np.int64)[which] * cores.holdings.sum(axis=1))
 
 
 def assemble(

@@ -1,6 +1,7 @@
-"""Every plan of the space with its price, or the reason against it: what rank, front and map of cells are read from.
+"""Every plan of a space with its price, or the reason against it: what front and map of cells are read from.
 
-The optimum alone is cheaper to find with ``exhaustive.search``, which prices by the same functions.
+The space is the plain one (``space.PLAIN``) where nothing else is said: the whole of it cannot be listed on large
+clusters, and has its optimum found by ``exhaustive.search``, which prices by the same functions.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 
 from autopar.estimate import PlanArrays, Setting, estimate_many
 from autopar.estimate.arrays import Bools, Ints
-from autopar.search.space import Space, enumerate_plans, rule_out
+from autopar.search.rules import plan_rules
+from autopar.search.space import PLAIN, Space, enumerate_plans
 
 Floats = NDArray[np.float64]
 FEASIBLE = -1
@@ -41,7 +43,7 @@ class Priced:
     @property
     def feasible(self) -> Bools:
         """Whom nothing rules out."""
-        return self.reason == FEASIBLE
+        return np.asarray(self.reason == FEASIBLE)
 
     def counts(self, among: Bools | None = None) -> dict[str, int]:
         """Plans ruled out, by reason; reasons that hit none are left out."""
@@ -62,7 +64,7 @@ class Priced:
         tied = indices[step == step.min()]
         memory = self.memory_bytes[tied]
         tied = tied[memory == memory.min()]
-        return min(tied.tolist(), key=lambda index: self.plans.plan(index).slug)
+        return min((int(index) for index in tied), key=lambda index: self.plans.plan(index).slug)
 
     def smallest(self, among: Bools | None = None) -> int | None:
         """Index of the priced plan that needs the least memory, feasible or not; None if all are ruled out before."""
@@ -77,10 +79,10 @@ class Priced:
 
 def price_space(setting: Setting, space: Space | None = None) -> Priced:
     """Price every plan that nothing rules out, in the order of ``enumerate_plans``."""
-    space = space or Space()
+    space = space or PLAIN
     plans = enumerate_plans(setting, space)
     reason = np.full(len(plans), FEASIBLE, dtype=np.int64)
-    rules = rule_out(setting, plans, space)
+    rules = plan_rules(setting, plans, space)
     for index, hit in enumerate(rules.values()):
         reason[(reason == FEASIBLE) & hit] = index
     alive = np.flatnonzero(reason == FEASIBLE)
