@@ -3,8 +3,8 @@
 Minimise step_s(x) over x in X with memory(x) <= limit; X is ``space``, step_s and memory are ``estimate_many``, the
 very functions that ``estimate`` prints. Cores are taken in the order of their lower bounds (``bounds``). A plan is left
 unpriced only if a rule forbids it, a lower bound of its memory is above the limit, or a lower bound of its time is
-above the time of the last plan to be returned; so nothing that is left out could have been returned. Ties go to less memory,
-then to the slug's order.
+above the time of the last plan to be returned; so nothing that is left out could have been returned. Ties go to less
+memory, then to the slug's order.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SearchResult:
         feasible: of these, plans that fit.
         rejected: plans ruled out, by reason; with ``feasible`` they add up to ``considered``. ``memory`` are too large,
             by their price or by a bound; ``slower`` cannot be as fast as the last of ``best``, by a bound.
-        bound_s: least step time that a plan could have that was left out as ``slower``; infinite if none was.
+        bound_s: every plan that was left out as ``slower`` takes at least this long; infinite if none was left out.
         seconds: of the search.
     """
 
@@ -105,7 +105,7 @@ def search(
         priced=found.priced,
         feasible=ranking.feasible,
         rejected={reason: number for reason, number in tally.items() if number},
-        bound_s=found.bound_s,
+        bound_s=ranking.threshold if tally[SLOWER] else float("inf"),
         seconds=time.perf_counter() - start,
     )
 
@@ -119,7 +119,7 @@ class _Walk:
     ) -> None:  # fmt: skip
         self.setting, self.space, self.decided, self.unsupported = setting, space, decided, unsupported
         self.forbidden, self.ranking, self.tally = forbidden, ranking, tally
-        self.priced, self.bound_s = 0, np.inf
+        self.priced = 0
         self.shapes: dict[int, Shapes] = {}
 
     def all(self, cores: Cores, numbers: Ints) -> None:
@@ -132,7 +132,7 @@ class _Walk:
         step = FIRST_CORES
         while len(order):
             soon = int(np.searchsorted(bound.seconds[order], self.ranking.threshold, side="right"))
-            self._leave_out(bound.seconds[order[soon:]], numbers[order[soon:]])
+            self.tally[SLOWER] += int(numbers[order[soon:]].sum())
             now, order = order[: min(step, soon)], order[min(step, soon) : soon]
             if len(now):
                 ground = self._ground(cores.select(now), (weights[0][now], weights[1][now]))
@@ -146,20 +146,13 @@ class _Walk:
             around=cores.holdings.sum(axis=1), shapes=self.shapes,
         )  # fmt: skip
 
-    def _leave_out(self, seconds: Floats, numbers: Ints) -> None:
-        """Slower than what is to be beaten, by a bound."""
-        if len(seconds):
-            self.bound_s = min(self.bound_s, float(seconds.min()))
-            self.tally[SLOWER] += int(numbers.sum())
-
     def _look_at(self, ground: Ground, candidates: Candidates) -> None:
         """Price candidates in the order of their bounds."""
         candidates = candidates.select(np.argsort(candidates.seconds, kind="stable"))
         step = FIRST_CANDIDATES
         while len(candidates):
             soon = int(np.searchsorted(candidates.seconds, self.ranking.threshold, side="right"))
-            late = candidates.select(np.arange(soon, len(candidates)))
-            self._leave_out(late.seconds, ground.around[late.core])
+            self.tally[SLOWER] += int(ground.around[candidates.core[soon:]].sum())
             now = min(step, soon)
             self._price(ground, candidates.select(np.arange(now)))
             candidates, step = candidates.select(np.arange(now, soon)), min(4 * step, MOST_CANDIDATES)
