@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,15 +26,21 @@ from autopar.cli.common import (
     show,
     terminal_width,
 )  # fmt: skip
+from autopar.errors import InputError
 from autopar.workload import Optimizer, Precision
+
+if TYPE_CHECKING:
+    from autopar.estimate import Estimate, Setting
 
 
 @app.command()
 def plan(
-    model: Model,
     cluster: ClusterOption,
-    global_batch: Batch,
-    seq_len: SeqLen,
+    model: Annotated[
+        str, typer.Argument(help="Preset (llama3-70b), config.json or its folder, or model.toml; not with --from.")
+    ] = "",
+    global_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per optimizer step.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence.")] = None,
     precision: PrecisionOption = Precision.BF16,
     optimizer: OptimizerOption = Optimizer.ADAMW,
     stack: StackOption = "megatron-core",
@@ -40,6 +48,7 @@ def plan(
     all_variants: Annotated[
         bool, typer.Option("--all-variants", help="Raw ranks, also of plans with the same degrees and sharding.")
     ] = False,
+    offload: Annotated[bool, typer.Option(help="Consider optimizer state in host memory.")] = True,
     why_not: Annotated[
         str, typer.Option("--why-not", metavar="PLAN", help="Say why this plan is not the answer.")
     ] = "",
@@ -49,17 +58,33 @@ def plan(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Does the choice survive errors of the fitted numbers?")
     ] = False,
+    old_plan: Annotated[
+        Path | None, typer.Option("--from", help="plan.json that runs now: what to change for this cluster.")
+    ] = None,
+    lost: Annotated[str, typer.Option(help="With --from: ranks or nodes that are gone, such as 3,8-15,node2.")] = "",
+    remaining_steps: Annotated[int, typer.Option(min=0, help="With --from: steps still to train; 0 unknown.")] = 0,
+    renumber: Annotated[bool, typer.Option("--renumber", help="With --from: order nodes so that less moves.")] = False,
     as_json: JsonFlag = False,
     out: OutOption = None,
 ) -> None:
     """Rank the parallel plans of a model on a cluster, from data sheets alone."""
-    from autopar.plan import PlanFile, write_plan_file
-    from autopar.search.answers import top_answers
+    if old_plan is not None:
+        _replan(
+            old_plan, cluster, stack, lost=lost, remaining_steps=remaining_steps, renumber=renumber, as_json=as_json,
+            out=out,
+        )  # fmt: skip
+        return
+    for name, given in (("MODEL", model), ("--global-batch", global_batch), ("--seq-len", seq_len)):
+        if not given:
+            raise InputError(f"plan needs {name}; only --from a plan.json goes without")
+    assert global_batch is not None and seq_len is not None
+    from autopar.search.exhaustive import search
     from autopar.search.reason import reason
+    from autopar.search.space import Space
 
     spec, setting = setting_of(model, cluster, global_batch, seq_len, precision, optimizer, stack)
     title, more = f"{spec.name} on {cluster}", {}
-    result = top_answers(setting, top=top, all_variants=all_variants)
+    result = search(setting, top=top, space=Space(offload=offload), distinct=not all_variants)
     best = result.best[0]
     asked = bool(why_not) or pareto or sensitivity
     if asked:
@@ -72,8 +97,10 @@ def plan(
         plans = [{"rank": i + 1, **estimate_json(e), "reason": reason(e, best)} for i, e in enumerate(result.best)]
         found = {
             "considered": result.considered,
+            "priced": result.priced,
             "feasible": result.feasible,
             "rejected": dict(result.rejected),
+            "bound_s": result.bound_s if isfinite(result.bound_s) else None,
             "seconds": result.seconds,
         }
         document = {"schema_version": 1, "plans": plans, "search": found, "assumptions": best.assumptions}
@@ -83,15 +110,46 @@ def plan(
 
         show(plans_table(result.best, width=terminal_width(), title=title), search_line(result))
     if out is not None:
-        content = PlanFile(
-            slug=best.plan.slug,
-            model=spec,
-            workload=setting.workload,
-            plan=best.plan,
-            predicted={"step_s": best.step_s, "memory_gib": best.memory_gib, "mfu": best.mfu},
-        )
-        write_plan_file(out / "plan.json", content)
-        say(f"wrote {out / 'plan.json'}")
+        _write_plan(out, spec, setting, best)
+
+
+def _write_plan(out: Path, spec: Any, setting: Setting, best: Estimate) -> None:
+    from autopar.plan import PlanFile, write_plan_file
+
+    content = PlanFile(
+        slug=best.plan.slug,
+        model=spec,
+        workload=setting.workload,
+        plan=best.plan,
+        predicted={"step_s": best.step_s, "memory_gib": best.memory_gib, "mfu": best.mfu},
+    )
+    write_plan_file(out / "plan.json", content)
+    say(f"wrote {out / 'plan.json'}")
+
+
+def _replan(
+    path: Path, cluster: str, stack: str, *, lost: str, remaining_steps: int, renumber: bool, as_json: bool,
+    out: Path | None,
+) -> None:  # fmt: skip
+    """``plan --from``: go on with a run on another cluster."""
+    from autopar.plan import read_plan_file
+    from autopar.report.replan_tables import replan_json, replan_table
+    from autopar.search.replan import replan
+    from autopar.search.replan import setting_of as setting_for
+    from autopar.search.reshard import parse_lost
+    from costmodels.hardware import load_cluster
+    from costmodels.stack import load_stack
+
+    old = read_plan_file(path)
+    setting = setting_for(old, load_cluster(cluster), load_stack(stack))
+    gone = parse_lost(lost, setting.cluster.devices_per_node, old.plan.layout.world_size)
+    found = replan(old, setting, lost=gone, remaining_steps=remaining_steps or None, renumber=renumber)
+    if as_json:
+        print(json.dumps({"schema_version": 1, **replan_json(found)}))
+    else:
+        show(replan_table(found, width=terminal_width()))
+    if out is not None:
+        _write_plan(out, old.model, setting, found.new.estimate)
 
 
 @app.command()

@@ -88,9 +88,13 @@ def plans_caption(estimate: Estimate, *, device: str = "GPU") -> str:
 
 def search_line(result: SearchResult) -> str:
     """One sentence on what the search looked at."""
-    refused = ", ".join(f"{number} by {why}" for why, number in result.rejected.items())
+    words = {"slower": "too slow by a bound", "memory": "too large"}
+    refused = ", ".join(f"{number:,} {words.get(why, why)}" for why, number in result.rejected.items())
     tail = f"; ruled out: {refused}" if refused else ""
-    return f"{result.considered} plans considered, {result.feasible} feasible{tail}; searched in {result.seconds:.2f} s"
+    return (
+        f"{result.considered:,} plans considered, {result.priced:,} priced one by one, {result.feasible:,} of these fit"
+        f"{tail}; searched in {result.seconds:.2f} s"
+    )
 
 
 def plans_table(

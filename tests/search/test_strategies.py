@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from autopar.estimate import Setting
-from autopar.search.answers import top_answers
+from autopar.search.exhaustive import search
 from autopar.search.distinct import distinct_key
 from autopar.search.exhaustive import search
 from autopar.search.strategies import (
@@ -97,12 +97,11 @@ def test_sizes_grow_to_the_whole_cluster(setting: Setting) -> None:
 
 def test_top_answers_really_differ(setting_of: Callable[..., Setting]) -> None:
     setting = setting_of("gpt2-small", "a100-80g:1x4", 4, 1024)
-    raw = top_answers(setting, top=5, all_variants=True)
-    assert raw.best == search(setting, top=5).best
-    answers = top_answers(setting, top=5).best
+    raw = search(setting, top=5)
+    answers = search(setting, top=5, distinct=True).best
     keys = [distinct_key(e.plan) for e in answers]
     assert len(set(keys)) == len(keys) == 5 and answers[0] == raw.best[0]
     every = search(setting, top=raw.feasible).best
     expected = list(dict.fromkeys(distinct_key(e.plan) for e in every))
     assert keys == expected[:5]
-    assert len(top_answers(setting, top=1000).best) == len(expected)
+    assert len(search(setting, top=1000, distinct=True).best) == len(expected)
