@@ -105,7 +105,7 @@ def enters(setting: Setting, changed: Setting) -> bool:
     def relevant(part: Any) -> Any:
         return part if narrow else _without_narrow(part)
 
-    return relevant((setting.stack, *machine)) != relevant((changed.stack, *changed_machine))
+    return bool(relevant((setting.stack, *machine)) != relevant((changed.stack, *changed_machine)))
 
 
 def _without_narrow(parts: tuple[Any, ...]) -> tuple[Any, ...]:

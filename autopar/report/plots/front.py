@@ -60,7 +60,7 @@ def pareto_plot(front: Front, title: str) -> Figure:
         bar = figure.colorbar(drawn, ax=axes, pad=0.015, aspect=28)
         bar.set_label("free memory of a GPU")
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         axes.set_title(f"{title}: nothing is faster, roomier and smaller at once")
     return figure
 

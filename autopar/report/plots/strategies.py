@@ -185,7 +185,7 @@ def degree_map(found: StrategyComparison, title: str) -> Figure:
             bar = figure.colorbar(drawn, ax=axes, pad=0.015, aspect=24)
             bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             bar.set_label("slower than the best")
-            bar.outline.set_visible(False)  # type: ignore[operator]
+            bar.outline.set_visible(False)
         axes.set_title(f"{title}: best step [{unit}] of each tp and pp")
     return figure
 
