@@ -25,7 +25,7 @@ class Estimate:
         memory_per_rank: peak bytes of every pipeline rank.
         memory_items_per_rank: their items, by the same names.
         memory_limit: bytes that a device offers.
-        host_bytes, host_limit: bytes in the host's memory, of the rank that has most there, and what a device has of it.
+        host_bytes, host_limit: bytes in host memory, of the rank that has most there, and what a device has of it.
         tokens_per_s_per_gpu: throughput.
         model_flops_per_s_per_gpu: useful FLOP/s, see ``flops_convention``.
         mfu: that over the device's dense peak in the workload's precision.

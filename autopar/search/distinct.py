@@ -37,7 +37,8 @@ def distinct_codes(plans: PlanArrays) -> Ints:
         if degree.max(initial=0) >> BITS:
             raise OverflowError(f"{name}={degree.max()} does not fit into {BITS} bits: take codes of feasible plans")
         codes = codes << BITS | degree
-    return np.asarray(codes << 1 | ((plans.zero == 3) & (plans.dp_shard * plans.cp > 1)))
+    sharded = (plans.zero == 3) & (plans.dp_shard * plans.cp > 1)
+    return np.asarray(codes << 1 | sharded, dtype=np.int64)
 
 
 def first_of_each(codes: Ints, top: int | None = None) -> Ints:
