@@ -165,15 +165,17 @@ def core_bounds(setting: Setting, cores: Cores, weights: tuple[Floats, Floats]) 
     m = setting.workload.global_batch // (cores.dp * cores.microbatch)
     parts = sections(setting.graph)
     total = np.asarray([len(part.blocks) for part in parts])
-    passes, dense, experts = np.zeros((3, len(cores), len(parts)))
+    passes, largest, dense, experts = np.zeros((4, len(cores)))
     for degrees, rows, some in _separate(setting, cores, parts):
         prices = price(setting, degrees, some, by_module=False)
-        passes += _passes(prices)[rows]
-        dense += (prices.parameters - prices.experts)[rows]
-        experts += prices.experts[rows]
-    work = np.maximum((passes * total).sum(axis=1) / cores.pp, passes.max(axis=1))
+        each = _passes(prices)
+        passes += (each * total).sum(axis=1)[rows]
+        np.maximum(largest, each.max(axis=1)[rows], out=largest)
+        dense += ((prices.parameters - prices.experts) * total).sum(axis=1)[rows]
+        experts += (prices.experts * total).sum(axis=1)[rows]
+    work = np.maximum(passes / cores.pp, largest)
     seconds = step_factor(setting, cores) * (m * work + setting.stack.host.step_seconds)
-    held = ((dense * total).sum(axis=1) * weights[0] + (experts * total).sum(axis=1) * weights[1]) / cores.pp
+    held = (dense * weights[0] + experts * weights[1]) / cores.pp
     return CoreBounds(seconds=seconds, memory=with_reserve(setting, held))
 
 
