@@ -316,7 +316,10 @@ def load_cluster(text: str) -> Cluster:
     """
     if text.endswith(".toml") or "/" in text:
         path = Path(text)
-        spec = from_plain(ClusterSpec, read_toml(path), str(path))
+        plain = read_toml(path)
+        if "group" in plain:
+            raise InputError(f"{path}: a mixed cluster ([[group]]) has no single device: plan it with autopar plan")
+        spec = from_plain(ClusterSpec, plain, str(path))
         return build_cluster(spec)
     device, separator, shape = text.partition(":")
     parts = shape.lower().split("x")
