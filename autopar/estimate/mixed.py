@@ -41,7 +41,7 @@ from autopar.estimate.step import (
 )
 from autopar.graph import OpGraph
 from autopar.layout import Layout
-from autopar.mixed_plan import Line, Segment
+from autopar.mixed_plan import Line
 from autopar.plan import Plan
 from autopar.shard import boundary_bytes
 from costmodels.pipeline import pipeline_seconds
@@ -96,19 +96,31 @@ def stage_table(setting: Setting, plan: Plan) -> RankWork:
     if plan.layout.pp == 1:
         row = stage_rows(setting.graph).row[0, setting.graph.num_blocks]
         counts = np.where(np.arange(len(counts))[:, None] == row, counts, 0.0)
-    one = to_arrays([plan])
+    return _row_work(setting, [plan], counts)
+
+
+def stage_seconds(setting: Setting, plans: Sequence[Plan], rows: Ints) -> tuple[Floats, Floats]:
+    """Seconds of a microbatch's forward and backward, waiting for launches left out, [plans, rows] each."""
+    work = _row_work(setting, plans, stage_rows(setting.graph).counts[rows])
+    shape = (len(plans), len(rows))
+    forward = work.forward + work.forward_communication
+    backward = work.backward + work.recompute + work.backward_communication
+    return forward.reshape(shape), backward.reshape(shape)
+
+
+def _row_work(setting: Setting, plans: Sequence[Plan], counts: Floats) -> RankWork:
+    """Work of ranks with ``counts`` [rows, sections] under every plan, [plans * rows, 1]."""
+    arrays = to_arrays(plans)
     parts = sections(setting.graph)
-    degrees, _ = combinations(one)
-    plans = one.select(np.zeros(len(counts), dtype=np.int64))
+    degrees, combination = combinations(arrays)
+    each = np.repeat(np.arange(len(plans)), len(counts))
+    shape = np.tile(np.arange(len(counts)), len(plans))
     is_block = np.asarray([part.is_block(setting.graph) for part in parts])
     is_end = np.asarray([part.is_end(setting.graph) for part in parts])
-    rank = np.full((1, 1), min(plan.layout.pp - 1, 1))
-    place = Placement(
-        shape=np.arange(len(counts)), counts=counts[:, None, :], ranks=np.repeat(rank, len(counts), axis=0),
-        like=np.zeros((len(counts), 1), dtype=np.int64),
-    )  # fmt: skip
-    zeros = np.zeros(len(counts), dtype=np.int64)
-    return rank_work(price(setting, degrees, parts), zeros, place, is_block, is_end, plans, setting.stack)
+    rank = np.full((len(counts), 1), min(plans[0].layout.pp - 1, 1))
+    place = Placement(shape=shape, counts=counts[:, None, :], ranks=rank, like=np.zeros_like(rank))
+    prices = price(setting, degrees, parts)
+    return rank_work(prices, combination[each], place, is_block, is_end, arrays.select(each), setting.stack)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,16 +158,20 @@ class LineCosts:
         return self.ends + self.data + self.update + self.accumulation
 
 
-def line_costs(setting: MixedSetting, line: Line, shared: Shared, rows: Ints, num_microbatches: Floats) -> LineCosts:
-    """Price a line whose stages hold ``rows`` [cases, stages] (see ``stage_rows``), each case with its microbatches."""
+def line_costs(
+    setting: MixedSetting, line: Line, shared: Shared, rows: Ints, num_microbatches: Floats, *, passes: bool = True
+) -> LineCosts:
+    """Price a line whose stages hold ``rows`` [cases, stages] (see ``stage_rows``), each case with its microbatches.
+
+    Without ``passes`` stages are priced one by one, ``ends`` are 0, and a case need not be a whole model.
+    """
     cases, m = len(rows), num_microbatches
     plans = [_arrays(segment_plan(setting, line, segment, shared), cases) for segment in line.segments]
     where = line.segment_of_stage
     work = _assembled(setting, line, shared, rows, plans)
     transfer = np.full(cases, line_transfer(setting, line, shared))
-    ends = closed_form_ends(plans[0], work, m, transfer).ends
-    own = [setting.islands[segment.island] for segment in line.segments]
-    seen = own
+    ends = closed_form_ends(plans[0], work, m, transfer).ends if passes else np.zeros(rows.shape)
+    own = seen = _own(setting, line)
     if shared.lines > 1:
         sizes = [line.replicas * segment.tp * segment.cp for segment in line.segments]
         seen = [among_lines(setting, s.island, size) for s, size in zip(line.segments, sizes, strict=True)]
@@ -163,7 +179,8 @@ def line_costs(setting: MixedSetting, line: Line, shared: Shared, rows: Ints, nu
     def of_segments(formula: Callable[[int], Floats]) -> Floats:
         return _columns([formula(k) for k in range(len(line.segments))], where)
 
-    boundaries = [np.full(cases, _boundary_bytes(setting, line, s, shared)) for s in line.segments]
+    sent = [_boundary_bytes(s, pipeline_plan(line, g, shared)) for s, g in zip(own, line.segments, strict=True)]
+    boundaries = [np.full(cases, size) for size in sent]
     held = [rank_memory(own[k], plans[k], work, m, boundaries[k]) for k in range(len(own))]
     return LineCosts(
         forward=work.forward_seconds,
@@ -224,30 +241,31 @@ def straggler_share(setting: MixedSetting, line: Line, shared: Shared) -> float:
 
 def line_transfer(setting: MixedSetting, line: Line, shared: Shared) -> float:
     """Seconds of one transfer between neighbouring stages, at the slowest boundary."""
+    plans = [pipeline_plan(line, segment, shared) for segment in line.segments]
+    sizes = [_boundary_bytes(s, plan) for s, plan in zip(_own(setting, line), plans, strict=True)]
     found = [0.0]
-    for segment, following in zip(line.segments, (*line.segments[1:], None), strict=True):
-        size = line.replicas * segment.tp * segment.cp
+    for k, segment in enumerate(line.segments):
         if segment.stages > 1:
-            found.append(_send_seconds(setting.islands[segment.island], setting, line, segment, shared))
-        if following is not None:
-            bytes_ = max(_boundary_bytes(setting, line, s, shared) for s in (segment, following))
-            for side in (segment, following):
-                size = line.replicas * side.tp * side.cp
-                outside = across_islands(setting, side.island, size)
-                found.append(_send_seconds(outside, setting, line, side, shared, bytes_))
+            found.append(_send_seconds(setting.islands[segment.island], plans[k], sizes[k]))
+        for other in {k - 1, k + 1} & set(range(len(plans))):
+            size = line.replicas * segment.tp * segment.cp
+            outside = across_islands(setting, segment.island, size)
+            found.append(_send_seconds(outside, plans[k], max(sizes[k], sizes[other])))
     return max(found)
 
 
-def _send_seconds(
-    seen: Setting, setting: MixedSetting, line: Line, segment: Segment, shared: Shared, num_bytes: float | None = None
-) -> float:
-    size = _boundary_bytes(setting, line, segment, shared) if num_bytes is None else num_bytes
-    plans = to_arrays([pipeline_plan(line, segment, shared)])
-    return float(transfer_seconds(seen, plans, np.full(1, size))[0])
+def _own(setting: MixedSetting, line: Line) -> list[Setting]:
+    return [setting.islands[segment.island] for segment in line.segments]
 
 
-def _boundary_bytes(setting: MixedSetting, line: Line, segment: Segment, shared: Shared) -> float:
-    degrees, _ = combinations(to_arrays([pipeline_plan(line, segment, shared)]))
+@lru_cache(maxsize=8192)
+def _send_seconds(setting: Setting, plan: Plan, num_bytes: float) -> float:
+    return float(transfer_seconds(setting, to_arrays([plan]), np.full(1, num_bytes))[0])
+
+
+@lru_cache(maxsize=8192)
+def _boundary_bytes(setting: Setting, plan: Plan) -> float:
+    degrees, _ = combinations(to_arrays([plan]))
     return float(np.asarray(boundary_bytes(setting.graph, degrees, setting.stack))[0])
 
 
