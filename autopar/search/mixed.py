@@ -10,12 +10,15 @@ the last plan of the list are not priced, and counted as such. Ties go to less m
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
+
+import numpy as np
 
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate.mixed_result import MixedEstimate, estimate_mixed
@@ -70,12 +73,12 @@ class _Found:
     considered: int = 0
     feasible: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
-    loosest: float = float("inf")
+    loosest: float = math.inf
 
     @property
     def limit(self) -> float:
         """Plans that take as long or longer do not make the list."""
-        return self.ranked[self.top - 1][0] if len(self.ranked) >= self.top else float("inf")
+        return self.ranked[self.top - 1][0] if len(self.ranked) >= self.top else math.inf
 
     def add(self, step_s: float, bound_s: float, memory: float, plan: MixedPlan) -> None:
         """Enter a plan, unless it was found before under another name."""
@@ -96,8 +99,25 @@ def search_mixed(setting: MixedSetting, *, top: int = 10, space: MixedSpace | No
     start = time.perf_counter()
     space, found = space or MixedSpace(), _Found(top=top)
     every = assignments(len(setting.cluster.islands), space.leave_out)
-    _search_single_lines(setting, space, [a for a in every if len(a) == 1], found)
-    _search_families(setting, space, [a for a in every if len(a) > 1], found)
+    singles: list[tuple[float, int, _Single]] = []
+    families: list[tuple[float, int, Family]] = []
+    for assignment in every:
+        for item in _items(setting, space, assignment, found):
+            if isinstance(item, Family):
+                families.append((family_bound(setting, item), len(families), item))
+            else:
+                singles.append((item.bound, len(singles), item))
+    singles.sort(key=lambda row: row[:2])
+    families.sort(key=lambda row: row[:2])
+    # A full list first: families are quick to rule out by its last plan, and slow to solve without.
+    done = 0
+    while done < len(singles) and found.limit == math.inf:
+        _try_single(setting, space, singles[done][2], found)
+        done += 1
+    for _, _, family in families:
+        _try_family(setting, space, family, found)
+    for _, _, single in singles[done:]:
+        _try_single(setting, space, single, found)
     if not found.ranked:
         raise NoFeasiblePlan(_nothing_fits(setting, found))
     best = [estimate_mixed(setting, row[3]) for row in found.ranked[:top]]
@@ -108,32 +128,69 @@ def search_mixed(setting: MixedSetting, *, top: int = 10, space: MixedSpace | No
     )  # fmt: skip
 
 
-def _search_single_lines(setting: MixedSetting, space: MixedSpace, every: list[Assignment], found: _Found) -> None:
-    variants = space.sharding_variants(setting, 1)
-    queue: list[tuple[float, int, int, bool]] = []
-    tables: list[Choices] = []
-    for assignment in every:
-        for [replicas] in replica_vectors(setting, assignment):
-            for sp in (False, True):
-                shared = Shared(replicas=replicas, lines=1, sequence_parallel=sp)
-                choices, rejected = choices_of(setting, space, assignment[0], shared, replicas)
-                for reason, number in rejected.items():
-                    found.rejected[reason] += number * len(variants)
-                found.considered += (len(choices) + sum(rejected.values())) * len(variants)
-                if sp:
-                    without = choices.without_tensor_parallel()
-                    found.rejected["sequence parallel"] += int(without.sum()) * len(variants)
-                    choices = choices.select(~without)
-                least = choices.least_seconds(-(-setting.workload.global_batch // (choices.microbatch * replicas)))
-                queue += [(seconds, len(tables), i, sp) for i, seconds in enumerate(least.tolist())]
-                tables.append(choices)
-    queue.sort()
-    for done, (least, table, index, sp) in enumerate(queue):
-        if least >= found.limit:
-            found.rejected[NOT_PRICED] += (len(queue) - done) * len(variants)
-            break
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Single:
+    """A line that takes the whole batch, without blocks, to be sharded in several ways."""
+
+    bound: float
+    choices: Choices
+    index: int
+    sequence_parallel: bool
+    variants: tuple[tuple[int, str], ...]
+
+    @property
+    def line(self) -> Line:
+        return self.choices.line(self.index)
+
+
+def _items(
+    setting: MixedSetting, space: MixedSpace, assignment: Assignment, found: _Found
+) -> Iterator[Family | _Single]:
+    """What is to be looked at under an assignment; what is forbidden at once is counted."""
+    variants = space.sharding_variants(setting, len(assignment))
+    for replicas, sp in product(replica_vectors(setting, assignment), (False, True)):
+        if len(assignment) == 1:
+            yield from _singles(setting, space, assignment[0], replicas[0], sp, variants, found)
+            continue
         for zero, sharding in variants:
-            _try_line(setting, space, tables[table].line(index), (zero, sharding, sp), found)
+            shared = Shared(
+                replicas=sum(replicas), lines=len(assignment), zero_stage=zero, sharding=sharding, sequence_parallel=sp
+            )
+            families, rejected = families_of(setting, space, assignment, replicas, shared)
+            found.rejected.update(rejected)
+            found.considered += sum(rejected.values()) + sum(family.size for family in families)
+            yield from families
+
+
+def _singles(
+    setting: MixedSetting,
+    space: MixedSpace,
+    islands: tuple[int, ...],
+    replicas: int,
+    sp: bool,
+    variants: tuple[tuple[int, str], ...],
+    found: _Found,
+) -> Iterator[_Single]:
+    shared = Shared(replicas=replicas, lines=1, sequence_parallel=sp)
+    choices, rejected = choices_of(setting, space, islands, shared, replicas)
+    found.considered += (len(choices) + sum(rejected.values())) * len(variants)
+    if sp:
+        same = choices.without_tensor_parallel()
+        rejected[REPEATED] += int(np.count_nonzero(same))
+        choices = choices.select(~same)
+    for reason, number in rejected.items():
+        found.rejected[reason] += number * len(variants)
+    least = choices.least_seconds(-(-setting.workload.global_batch // (choices.microbatch * replicas)))
+    for index, bound in enumerate(least.tolist()):
+        yield _Single(bound=bound, choices=choices, index=index, sequence_parallel=sp, variants=variants)
+
+
+def _try_single(setting: MixedSetting, space: MixedSpace, single: _Single, found: _Found) -> None:
+    if single.bound >= found.limit:
+        found.rejected[NOT_PRICED] += len(single.variants)
+        return
+    for zero, sharding in single.variants:
+        _try_line(setting, space, single.line, (zero, sharding, single.sequence_parallel), found)
 
 
 def _try_line(
@@ -162,30 +219,14 @@ def _try_line(
     found.add(split.step_s, split.bound_s, split.memory_bytes, plan)
 
 
-def _search_families(setting: MixedSetting, space: MixedSpace, every: list[Assignment], found: _Found) -> None:
-    """Lines that share the batch: for each assignment, numbers of replicas and sharding the best plan."""
-    families: list[tuple[float, int, Family]] = []
-    for assignment in every:
-        for replicas in replica_vectors(setting, assignment):
-            for sp, (zero, sharding) in product((False, True), space.sharding_variants(setting, len(assignment))):
-                shared = Shared(
-                    replicas=sum(replicas), lines=len(assignment), zero_stage=zero, sharding=sharding,
-                    sequence_parallel=sp,
-                )  # fmt: skip
-                allowed, rejected = families_of(setting, space, assignment, replicas, shared)
-                found.rejected.update(rejected)
-                found.considered += sum(rejected.values()) + sum(family.size for family in allowed)
-                families += [
-                    (family_bound(setting, family), len(families) + i, family) for i, family in enumerate(allowed)
-                ]
-    for least, _, family in sorted(families, key=lambda row: row[:2]):
-        shares = best_of_family(setting, space, family, found.limit) if least < found.limit else None
-        found.rejected[NOT_PRICED] += family.size - (shares is not None)
-        if shares is not None:
-            found.add(
-                slowest(shares), max(share.split.bound_s for share in shares),
-                max(share.split.memory_bytes for share in shares), _joined(shares, family.shared),
-            )  # fmt: skip
+def _try_family(setting: MixedSetting, space: MixedSpace, family: Family, found: _Found) -> None:
+    """Price the best plan of lines that share the batch."""
+    shares = best_of_family(setting, space, family, found.limit)
+    found.rejected[NOT_PRICED] += family.size - (shares is not None)
+    if shares is not None:
+        bound = max(share.split.bound_s for share in shares)
+        memory = max(share.split.memory_bytes for share in shares)
+        found.add(slowest(shares), bound, memory, _joined(shares, family.shared))
 
 
 def _joined(shares: tuple[Share, ...], shared: Shared) -> MixedPlan:

@@ -153,10 +153,10 @@ def best_of_family(setting: MixedSetting, space: MixedSpace, family: Family, lim
     """The shares of the fastest combination; None if none fits in memory and is faster than ``limit``."""
     if _in_step(setting, family):
         return _best_in_step(setting, space, family, limit)
-    low = family_bound(setting, family)
+    least = low = family_bound(setting, family)
     found, reach = None, low
     while found is None:
-        if reach >= limit or reach > low * SLOWEST:
+        if reach >= min(limit, least * SLOWEST):
             return None
         low, reach = reach, min(reach * GROWTH, limit)
         found = _within(setting, space, family, reach)

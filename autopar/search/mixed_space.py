@@ -94,7 +94,9 @@ class Choices:
         segments: [choices, segments] index of ``options`` of each island.
         options: segments of each island.
         microbatch, stages: sequences per pass; stages in all.
-        pace, total: least seconds of a microbatch on the slowest stage, and on all stages together.
+        pace: least seconds of a microbatch on the slowest stage.
+        used, paces: [choices, segments] stages and pace if the fastest 1, 2, ... segments hold all blocks.
+        ends: least seconds of what comes before and after the blocks.
         backward: least share of these that is backward.
         factor, extra: the step is factor * passes + extra at least.
     """
@@ -106,7 +108,9 @@ class Choices:
     microbatch: NDArray[np.int64]
     stages: NDArray[np.int64]
     pace: Floats
-    total: Floats
+    used: NDArray[np.int64]
+    paces: Floats
+    ends: Floats
     backward: Floats
     factor: float
     extra: float
@@ -127,26 +131,31 @@ class Choices:
         return found
 
     def least_seconds(self, num_microbatches: Floats) -> Floats:
-        """A step takes at least this, [choices]: the bound of ``mixed_line`` with whatever stage is slowest."""
-        m, p = num_microbatches, self.stages
+        """A step takes at least this, [choices]: the bound of ``mixed_line`` for divisible blocks.
+
+        For a pace T the sum over stages is least with the fastest stages full; sum and x T together are convex in T,
+        least where a number of the fastest segments is just full.
+        """
+        m, p = np.asarray(num_microbatches), self.stages
         others = np.maximum(m - p, 0) + self.backward * (np.minimum(m, p) - 1)
-        return self.factor * np.maximum(m * self.pace, self.total + others * self.pace) + self.extra
+        whole = self.ends + ((others[:, None] + self.used) * self.paces).min(axis=1)
+        return self.factor * np.maximum(m * self.pace, whole) + self.extra
 
     def most_microbatches(self, seconds: float) -> NDArray[np.int64]:
         """A replica has at most so many if the step is to be within ``seconds``, [choices]; the inverse."""
         passes = (seconds - self.extra) / self.factor
-        left = (passes - self.total) / self.pace
+        others = ((passes - self.ends)[:, None] / self.paces - self.used).max(axis=1)
         filling = self.backward * (self.stages - 1)
-        full, some = self.stages + left - filling, 1 + left / np.maximum(self.backward, 1e-9)
-        most = np.minimum(passes / self.pace, np.where(left >= filling, full, some)) * (1 + 1e-12)
-        return np.where(left < 0, 0, np.floor(most)).astype(np.int64)
+        full, some = self.stages + others - filling, 1 + others / np.maximum(self.backward, 1e-9)
+        most = np.minimum(passes / self.pace, np.where(others >= filling, full, some)) * (1 + 1e-12)
+        return np.where(others < 0, 0, np.floor(most)).astype(np.int64)
 
     def select(self, keep: NDArray[np.bool_]) -> Choices:
         """Some of the choices."""
         return Choices(
             islands=self.islands, replicas=self.replicas, options=self.options, segments=self.segments[keep],
-            microbatch=self.microbatch[keep], stages=self.stages[keep], pace=self.pace[keep], total=self.total[keep],
-            backward=self.backward[keep],
+            microbatch=self.microbatch[keep], stages=self.stages[keep], pace=self.pace[keep], used=self.used[keep],
+            paces=self.paces[keep], ends=self.ends[keep], backward=self.backward[keep],
             factor=self.factor, extra=self.extra,
         )  # fmt: skip
 
@@ -177,7 +186,8 @@ def choices_of(
     factor = 1 + setting.stack.straggler * _doublings(setting, shared)
     found = Choices(
         islands=line, replicas=replicas, options=tuple(options), segments=columns[0], microbatch=columns[1],
-        stages=columns[2], pace=columns[3], total=columns[4], backward=columns[5], factor=factor, extra=setting.stack.host.step_seconds,
+        stages=columns[2], pace=columns[3], used=columns[4], paces=columns[5], ends=columns[6], backward=columns[7],
+        factor=factor, extra=setting.stack.host.step_seconds,
     )  # fmt: skip
     short = found.stages > blocks
     rejected["stages"] += int(np.count_nonzero(short))
@@ -225,17 +235,21 @@ def _bounds(
     grid: NDArray[np.int64],
     microbatch: int,
     sp: bool,
-) -> tuple[NDArray[np.int64], Floats, Floats, Floats]:
-    """(stages, pace, total, backward) of every row of ``grid``; waiting and transfers left out."""
+) -> tuple[NDArray[np.int64], Floats, NDArray[np.int64], Floats, Floats, Floats]:
+    """(stages, pace, used, paces, ends, backward) of every row of ``grid``; waiting and transfers left out."""
     seconds = [_segment_seconds(setting, space, of_island, microbatch, sp) for of_island in options]
     depth = [np.asarray([segment.stages for segment in of_island], dtype=np.int64) for of_island in options]
     chosen = [found[grid[:, k]] for k, found in enumerate(seconds)]
     stages = np.stack([found[grid[:, k]] for k, found in enumerate(depth)], axis=1)
     block = np.stack([c[:, 0] for c in chosen], axis=1)
     first, last = chosen[0][:, 1], chosen[-1][:, 2]
-    total = setting.graph.num_blocks * block.min(axis=1) + first + last
     backward = np.min([c[:, 3] for c in chosen], axis=0)
-    return stages.sum(axis=1), _least_pace(setting.graph.num_blocks, stages, block, first, last), total, backward
+    blocks = setting.graph.num_blocks
+    fastest = np.argsort(block, axis=1, kind="stable")
+    in_order, speeds = (np.take_along_axis(x, fastest, axis=1) for x in (stages, stages / block))
+    paces = blocks / np.cumsum(speeds, axis=1) * (1 - 1e-9)
+    pace = _least_pace(blocks, stages, block, first, last)
+    return stages.sum(axis=1), pace, np.cumsum(in_order, axis=1), paces, first + last, backward
 
 
 def _least_pace(num_blocks: int, stages: NDArray[np.int64], block: Floats, first: Floats, last: Floats) -> Floats:
@@ -244,8 +258,6 @@ def _least_pace(num_blocks: int, stages: NDArray[np.int64], block: Floats, first
     From the pace of divisible blocks on, to the next at which some stage holds a block more, until all blocks have a
     place.
     """
-    ends = np.zeros((*block.shape, 2))
-    ends[:, 0, 0], ends[:, -1, 1] = first, last
     alone = stages.sum(axis=1) == 1
     kinds = [
         (stages[:, k] - (k == 0) - (k == stages.shape[1] - 1), k, np.zeros(len(block))) for k in range(block.shape[1])
