@@ -24,8 +24,8 @@ from autopar.search.batch_split import reachable_totals, totals_that_add_up
 from autopar.search.mixed_line import SplitLine, split_line
 from autopar.search.mixed_space import Assignment, Choices, MixedSpace, choices_of
 
-GROWTH, NARROW = 1.03, 1e-4
-"""Steps in which T grows until it is enough, and the width at which bisection hands over."""
+GROWTH, NARROW = 0.03, 1e-4
+"""By how much T grows at first until it is enough, and the width at which bisection hands over."""
 SLOWEST = 64.0
 """Times the bound that are tried before a family counts as too large for its memory."""
 
@@ -154,11 +154,11 @@ def best_of_family(setting: MixedSetting, space: MixedSpace, family: Family, lim
     if _in_step(setting, family):
         return _best_in_step(setting, space, family, limit)
     least = low = family_bound(setting, family)
-    found, reach = None, low
+    found, reach, growth = None, low, GROWTH
     while found is None:
         if reach >= min(limit, least * SLOWEST):
             return None
-        low, reach = reach, min(reach * GROWTH, limit)
+        low, reach, growth = reach, min(reach * (1 + growth), limit), 1.5 * growth
         found = _within(setting, space, family, reach)
     high = slowest(found)
     while high - low > NARROW * high:

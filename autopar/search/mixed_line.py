@@ -114,8 +114,8 @@ def _solved(setting: MixedSetting, line: Line, shared: Shared, num_microbatches:
     known = [split.items for split in front.splits]
     best = _fastest(setting, line, shared, num_microbatches, known)
     assert best is not None, "splits of the front fit"
-    bound = min(front.least_s, best.step_s)
-    if best.step_s > bound * (1 + EXACT):
+    bound = front.least_s if best.step_s > front.least_s * (1 + EXACT) else best.step_s
+    if best.step_s > bound:
         below = best.step_s / front.share - front.fixed
         more = splits_below(front.time, front.pace, below, MOST_SPLITS)
         if more is not None:

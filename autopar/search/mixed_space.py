@@ -22,7 +22,7 @@ from autopar.estimate.mixed_setting import MixedSetting, Shared
 from autopar.layout import Layout
 from autopar.mixed_plan import SHARDINGS, Line, Segment, segment_violations
 from autopar.plan import Plan, Recompute
-from autopar.search.space import MAX_MICROBATCH, divisors, factorisations
+from autopar.search.space import divisors, factorisations
 
 Floats = NDArray[np.float64]
 Assignment = tuple[tuple[int, ...], ...]
@@ -42,7 +42,7 @@ class MixedSpace:
     """
 
     max_cp: int = 64
-    max_microbatch: int = MAX_MICROBATCH
+    max_microbatch: int = 64
     recompute: tuple[Recompute, ...] = tuple(Recompute)
     shardings: tuple[str, ...] = SHARDINGS
     leave_out: bool = True
