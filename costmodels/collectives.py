@@ -8,14 +8,15 @@ Source: Patarasu and Yuan 2009 (ring), Thakur et al. 2005.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from costmodels.errors import InputError
-from costmodels.hardware import Cluster, CollectiveCurve, Link, group_span
+from costmodels.hardware import Cluster, CollectiveCurve, Link, level_counts
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send")
 
@@ -152,27 +153,20 @@ def collective_seconds(
 ) -> Any:
     """Seconds of a collective among ``num_ranks`` ranks that are ``stride`` apart; arrays broadcast.
 
-    Inside a domain (a node, or a rack joined by NVLink) the node's link, between domains the network's. A group with l
-    ranks on each of k domains goes in two levels: all_reduce = reduce_scatter inside, all_reduce of M/l across,
-    all_gather inside; all_gather and reduce_scatter likewise, the share of a domain (M/k ... M/l) crossing the network
-    once. Over a ``pipelined`` network both levels move bytes at the same time, and a ring runs through all ranks. A
-    send crosses the network when the stride reaches out of the domain. An all_to_all has no ramp, since no published
-    table shows one. Measured curves of the cluster come first.
+    Inside a domain (a node, or a rack joined by NVLink) the node's link, between domains the network's, above that the
+    links of the cluster's further levels; see ``hierarchical_seconds``. A send takes the link of the level that the
+    stride reaches. Measured curves of the cluster come first.
     """
     algorithms = algorithms or {}
     n, step, size = np.broadcast_arrays(
         np.asarray(num_ranks, dtype=float), np.asarray(stride, dtype=float), np.asarray(num_bytes, dtype=float)
     )
     if kind == "send":
-        inside = step < cluster.domain
-        seconds = np.where(
-            inside,
-            link_seconds("send", n, size, cluster.node_link, algorithms),
-            link_seconds("send", n, size, cluster.network_link, algorithms),
-        )
+        seconds = link_seconds("send", n, size, cluster.links[-1], algorithms)
+        for link, reach in reversed(list(zip(cluster.links, cluster.reaches, strict=False))):
+            seconds = np.where(step < reach, link_seconds("send", n, size, link, algorithms), seconds)
     else:
-        local, nodes = group_span(n, step, cluster.domain)
-        seconds = _two_level_seconds(cluster, kind, local, nodes, size, algorithms)
+        seconds = hierarchical_seconds(cluster.links, level_counts(cluster, n, step), kind, size, algorithms)
     for curve in cluster.curves:
         if curve.kind == kind:
             match = (n == curve.group_size) if kind != "send" else np.ones(n.shape, dtype=bool)
@@ -180,31 +174,69 @@ def collective_seconds(
     return seconds
 
 
-def _two_level_seconds(
-    cluster: Cluster, kind: str, local: Any, nodes: Any, size: Any, algorithms: Mapping[str, str]
+def hierarchical_seconds(
+    links: Sequence[Link],
+    counts: Sequence[ArrayLike],
+    kind: str,
+    num_bytes: ArrayLike,
+    algorithms: Mapping[str, str] | None = None,
 ) -> Any:
-    """Latencies of both levels, and the bytes of both: after one another, or at the same time if pipelined."""
-    inner, outer = cluster.node_link, cluster.network_link
+    """Collective over levels of links, from the inside out; ``counts`` are the members that each joins.
+
+    With k_0 ranks in a domain, k_1 domains in a pod, k_2 pods, ..., L_i = k_0 ... k_(i-1) and N in all: an all_reduce
+    reduces and scatters M inside, M/L_1 between domains, M/L_2 between pods, and gathers the same way back, so that
+    t = sum_i (latency_i + bytes_i), bytes_i those of a collective of M/L_i among k_i; all_gather and reduce_scatter
+    likewise; a broadcast takes M to every level. A ``pipelined`` level moves its bytes while those below move theirs:
+    the longer of the two counts, and a ring runs through all N ranks. On every level an all-reduce takes the faster of
+    ring, tree and switch. Of an all_to_all a rank sends (L_(i+1) - L_i)/N of M over level i, without a ramp, since no
+    published table shows one; under a pipelined level what goes further up passes this one as well.
+
+    Source: Cho et al. 2019 (BlueConnect), one stage per level; what is pipelined, NCCL's rings.
+    """
+    algorithms = algorithms or {}
+    members = np.broadcast_arrays(*(np.asarray(count, dtype=float) for count in counts))
+    size, total = np.asarray(num_bytes, dtype=float), functools.reduce(np.multiply, members)
     if kind == "all_to_all":
-        n = local * nodes
-        waits = (local - 1) * inner.latency + (n - local) * outer.latency
-        waits += np.where(local > 1, inner.base_latency, 0.0) + np.where(nodes > 1, outer.base_latency, 0.0)
-        within = size * (local - 1) / n / (inner.bandwidth * _efficiency(kind, local, inner)) * inner.slowdown
-        across = size * (n - local) / n / (outer.bandwidth * _efficiency(kind, nodes, outer)) * outer.slowdown
-    else:
-        share = size if kind == "broadcast" else size / local
-        waits = np.where(local > 1, _latency_seconds(kind, local, inner, algorithms), 0.0)
-        within = _transfer_seconds(kind, local, size, inner, algorithms)
-        outside, across = _network_seconds(kind, local, nodes, share, outer, algorithms)
-        waits = waits + np.where(nodes > 1, outside, 0.0)
-    within, across = np.where(local > 1, within, 0.0), np.where(nodes > 1, across, 0.0)
-    return waits + (np.maximum(within, across) if outer.pipelined else within + across)
+        return _all_to_all_seconds(links, members, size, total)
+    waits, moved = _level(members[0], *_domain_seconds(kind, members[0], size, links[0], algorithms))
+    below = members[0]
+    for link, count in zip(links[1:], members[1:], strict=True):
+        share = size if kind == "broadcast" else size / below
+        outside, across = _level(count, *_network_seconds(kind, total, count, share, link, algorithms))
+        waits = waits + outside
+        moved = np.maximum(moved, across) if link.pipelined else moved + across
+        below = below * count
+    return waits + moved
+
+
+def _level(count: Any, waits: Any, moved: Any) -> tuple[Any, Any]:
+    """A level that joins one member costs nothing."""
+    return np.where(count > 1, waits, 0.0), np.where(count > 1, moved, 0.0)
+
+
+def _domain_seconds(kind: str, local: Any, size: Any, link: Link, algorithms: Mapping[str, str]) -> tuple[Any, Any]:
+    return _latency_seconds(kind, local, link, algorithms), _transfer_seconds(kind, local, size, link, algorithms)
+
+
+def _all_to_all_seconds(links: Sequence[Link], members: Sequence[Any], size: Any, total: Any) -> Any:
+    starts, waits, moved, below = 0.0, 0.0, 0.0, np.ones_like(total)
+    for i, (link, count) in enumerate(zip(links, members, strict=True)):
+        here = (count - 1) * below
+        starts = starts + np.where(count > 1, link.base_latency, 0.0)
+        waits = waits + here * link.latency
+        passing = 0 < i < len(links) - 1 and links[i + 1].pipelined
+        carried = total - below if passing else here
+        across = size * carried / total / (link.bandwidth * _efficiency("all_to_all", count, link)) * link.slowdown
+        across = np.where(count > 1, across, 0.0)
+        moved = np.maximum(moved, across) if i and link.pipelined else moved + across
+        below = below * count
+    return waits + starts + moved
 
 
 def _network_seconds(
-    kind: str, local: Any, nodes: Any, share: Any, link: Link, algorithms: Mapping[str, str]
+    kind: str, total: Any, nodes: Any, share: Any, link: Link, algorithms: Mapping[str, str]
 ) -> tuple[Any, Any]:
-    """(latency, bytes) over the network of M/l a rank.
+    """(latency, bytes) over a level of the network of M/L a rank, among k members.
 
     A pipelined ring passes through every rank, so that the network carries (N-1)/N of the share and not (k-1)/k. An
     all-reduce may instead be done by the switches, or go up and down a tree of nodes: 2 ceil(log2 k) messages.
@@ -213,7 +245,7 @@ def _network_seconds(
     if not link.pipelined or kind not in ("all_reduce", "all_gather", "reduce_scatter"):
         return waits, _transfer_seconds(kind, nodes, share, link, algorithms)
     ring_link = dataclasses.replace(link, in_network=0.0, efficiency_of={})
-    across = _transfer_seconds(kind, nodes * local, share, ring_link, algorithms)
+    across = _transfer_seconds(kind, total, share, ring_link, algorithms)
     if kind != "all_reduce":
         return waits, across
     depth = link.base_latency + 2 * np.ceil(np.log2(nodes)) * link.latency

@@ -1,8 +1,9 @@
 """Devices, links and clusters: what the hardware can do, and where each number comes from.
 
 A Device carries its datasheet (peaks, memory) and the shares of it that kernels reach. A Cluster is nodes of equal
-devices, a link inside a node and a link between nodes. Numbers live in ``specs/*.toml``, in the user's cluster.toml,
-or come from a profile of a machine; ``origins`` says which.
+devices, a link inside a node, a link between nodes, and any number of further levels above. Numbers live in
+``specs/*.toml``, in the user's cluster.toml, or come from a profile of a machine; ``origins`` says which. Clusters of
+unlike devices are in ``costmodels.islands``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from costmodels.errors import InputError
-from costmodels.links import CollectiveCurve, Link, LinkSpec, fabric_names, load_fabric
+from costmodels.links import CollectiveCurve, LevelSpec, Link, LinkSpec, NetworkLevel, fabric_names, load_fabric
 from costmodels.offload import Host, HostSpec
 from costmodels.rates import AttentionKernel, AttentionRate, MatmulRate
 from costmodels.records import from_plain, read_toml
@@ -28,13 +29,17 @@ __all__ = [
     "AttentionKernel",
     "AttentionRate",
     "Cluster",
+    "ClusterSpec",
     "CollectiveCurve",
     "Device",
     "Link",
     "MatmulRate",
+    "NetworkLevel",
+    "build_cluster",
     "device_names",
     "fabric_names",
     "group_span",
+    "level_counts",
     "load_cluster",
     "load_device",
     "load_fabric",
@@ -119,6 +124,7 @@ class Cluster:
         node_link: between devices of a node, or of a domain.
         domain_size: devices that node_link joins (72 in an NVL72 rack); 0 means devices_per_node.
         network_link: between nodes, per device.
+        levels: of the network above that, from the inside out; empty: network_link joins all nodes.
         curves: measured collectives; where one exists for a kind and size it replaces the formula.
         sharing: slowdown of a rank when 1, 2, ... ranks of one machine compute at the same time; empty where every
             rank has hardware of its own.
@@ -137,11 +143,14 @@ class Cluster:
     ranks_per_machine: int = 0
     link_uses_host: bool = False
     domain_size: int = 0
+    levels: tuple[NetworkLevel, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "devices_per_node"):
             if getattr(self, name) < 1:
                 raise InputError(f"cluster {self.name}: {name} is {getattr(self, name)}; it must be at least 1")
+        if list(self.reaches) != sorted(self.reaches):
+            raise InputError(f"cluster {self.name}: levels join {self.reaches} devices; give them from the inside out")
 
     @property
     def domain(self) -> int:
@@ -152,6 +161,16 @@ class Cluster:
     def world_size(self) -> int:
         """Devices in all."""
         return self.num_nodes * self.devices_per_node
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """From the inside out: in a domain, between domains, between the groups of each further level."""
+        return (self.node_link, self.network_link, *(level.link for level in self.levels))
+
+    @property
+    def reaches(self) -> tuple[int, ...]:
+        """Devices that each of ``links`` but the last joins."""
+        return (self.domain, *(level.size for level in self.levels))
 
     def slowdown(self, active: int) -> float:
         """How much longer computing takes when ``active`` ranks of a machine compute at once."""
@@ -170,6 +189,21 @@ def group_span(size: ArrayLike, stride: ArrayLike, devices_per_node: int) -> tup
     size, stride = np.asarray(size), np.asarray(stride)
     local = np.minimum(size, np.maximum(1, -(-devices_per_node // stride)))
     return local, -(-size // local)
+
+
+def level_counts(cluster: Cluster, size: ArrayLike, stride: ArrayLike) -> tuple[NDArray[Any], ...]:
+    """How many members a group of ``size`` ranks, ``stride`` apart, has at each of ``cluster.links``; arrays broadcast.
+
+    Ranks in a domain, domains in a group of the first level, and so on; see ``group_span``, which is the case of two.
+    """
+    size, stride = np.asarray(size), np.asarray(stride)
+    counts: list[NDArray[Any]] = []
+    below: NDArray[Any] = np.ones_like(size)
+    for reach in cluster.reaches:
+        inside = np.minimum(size, np.maximum(1, -(-reach // stride)))
+        counts.append(-(-inside // below))
+        below = inside
+    return (*counts, -(-size // below))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,10 +287,12 @@ def load_device(name: str) -> Device:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _ClusterSpec:
+class ClusterSpec:
     """cluster.toml: a shipped device, the number of nodes, and what differs from the device's usual machine.
 
     The network is a [network_link] of its own, or a shipped ``fabric`` at ``fabric_GBps`` per device and direction.
+    Levels above it are [[level]] tables from the inside out: pods of 32 nodes under a spine that is half as wide are
+    ``name = "spine"``, ``nodes = 32``, ``oversubscription = 2``; another kind of link has a [level.link] of its own.
     """
 
     device: str
@@ -269,6 +305,7 @@ class _ClusterSpec:
     network_link: LinkSpec | None = None
     fabric: str | None = None
     fabric_GBps: float | None = None
+    level: tuple[LevelSpec, ...] = ()
 
 
 def load_cluster(text: str) -> Cluster:
@@ -279,8 +316,11 @@ def load_cluster(text: str) -> Cluster:
     """
     if text.endswith(".toml") or "/" in text:
         path = Path(text)
-        spec = from_plain(_ClusterSpec, read_toml(path), str(path))
-        return _build_cluster(spec)
+        plain = read_toml(path)
+        if "group" in plain:
+            raise InputError(f"{path}: a mixed cluster ([[group]]) has no single device: plan it with autopar plan")
+        spec = from_plain(ClusterSpec, plain, str(path))
+        return build_cluster(spec)
     device, separator, shape = text.partition(":")
     parts = shape.lower().split("x")
     if not separator or len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
@@ -288,15 +328,16 @@ def load_cluster(text: str) -> Cluster:
             f"cluster '{text}' is not DEVICE:NODESxDEVICES (such as h100:8x8, 8 nodes of 8) or a .toml file"
         )
     nodes, devices = (1, int(parts[0])) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
-    return _build_cluster(_ClusterSpec(device=device, num_nodes=nodes, devices_per_node=devices, name=text))
+    return build_cluster(ClusterSpec(device=device, num_nodes=nodes, devices_per_node=devices, name=text))
 
 
-def _build_cluster(spec: _ClusterSpec) -> Cluster:
+def build_cluster(spec: ClusterSpec) -> Cluster:
+    """The cluster that a file or a shape describes. Raises InputError: unknown device, no network, wrong levels."""
     device_spec = _device_spec(spec.device)
     device = device_spec.device()
     if spec.memory_GiB is not None:
         device = dataclasses.replace(device, memory_bytes=spec.memory_GiB * GIB)
-    return Cluster(
+    cluster = Cluster(
         name=spec.name,
         device=device,
         num_nodes=spec.num_nodes,
@@ -305,9 +346,13 @@ def _build_cluster(spec: _ClusterSpec) -> Cluster:
         network_link=_network(spec, device_spec),
         domain_size=device_spec.domain_size if spec.domain_size is None else spec.domain_size,
     )
+    for level in spec.level:
+        above = level.level(cluster.links[-1], cluster.reaches[-1], cluster.devices_per_node)
+        cluster = dataclasses.replace(cluster, levels=(*cluster.levels, above))
+    return cluster
 
 
-def _network(spec: _ClusterSpec, device: _DeviceSpec) -> Link:
+def _network(spec: ClusterSpec, device: _DeviceSpec) -> Link:
     """The network that the cluster describes, else its fabric, else those of the device's usual machine."""
     if spec.network_link is not None:
         return spec.network_link.link()

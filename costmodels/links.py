@@ -6,7 +6,7 @@ Symbols: N ranks, l of them on each of k nodes, M bytes of the whole tensor, B b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from costmodels.errors import InputError
 from costmodels.shipped import load_shipped, shipped_names
@@ -65,6 +65,19 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkLevel:
+    """A level of the network above the nodes: pods under a spine, buildings under a core.
+
+    Attributes:
+        size: devices of each of the groups that this level joins.
+        link: between these groups, per device while all devices of a group use it at once.
+    """
+
+    size: int
+    link: Link
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CollectiveCurve:
     """Measured seconds of a collective among ``group_size`` ranks, over payload sizes in ascending order.
 
@@ -115,6 +128,38 @@ class LinkSpec:
             pipelined=self.pipelined,
             origins=self.origins,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LevelSpec:
+    """A [[level]] of cluster.toml: groups of ``nodes`` nodes, joined by a link.
+
+    Without a [level.link] of its own the level is the link below it, ``oversubscription`` times slower: a group's
+    devices have that many times the bandwidth of its way up.
+    """
+
+    name: str
+    nodes: int
+    oversubscription: float = 1.0
+    link: LinkSpec | None = None
+
+    def level(self, below: Link, below_size: int, devices_per_node: int) -> NetworkLevel:
+        """The level on top of a link that reaches ``below_size`` devices.
+
+        Raises:
+            InputError: groups that are not whole groups of the level below, or an oversubscription below 1.
+        """
+        size = self.nodes * devices_per_node
+        if size <= below_size or size % below_size:
+            raise InputError(
+                f"level {self.name}: nodes is {self.nodes}, {size} devices; it must be a multiple, 2 or more, of the "
+                f"{below_size} devices that the level below joins"
+            )
+        if self.oversubscription < 1:
+            raise InputError(f"level {self.name}: oversubscription is {self.oversubscription}; it is 1 or more")
+        link = below if self.link is None else self.link.link()
+        narrow = replace(link, name=self.name, bandwidth=link.bandwidth / self.oversubscription)
+        return NetworkLevel(size=size, link=narrow)
 
 
 def fabric_names() -> tuple[str, ...]:
