@@ -33,6 +33,8 @@ from autopar.shard import boundary_bytes
 
 __all__ = ["Costs", "Estimate", "PlanArrays", "Setting", "estimate", "estimate_many", "timeline", "to_arrays"]
 
+AT_ONCE = 8192
+"""Plans whose arrays stay in a processor's cache while they are priced."""
 FLOPS_CONVENTION = "3 x forward: 6 per weight and token plus the whole attention matrix, no recomputation"
 
 
@@ -72,8 +74,31 @@ def estimate_many(setting: Setting, plans: PlanArrays, priced: tuple[Prices, Int
             step_s=np.zeros(0), terms={name: np.zeros(0) for name in TERMS}, memory_bytes=np.zeros(0),
             memory={name: np.zeros(0) for name in ITEMS}, host_bytes=np.zeros(0),
         )  # fmt: skip
+    prices, rows = priced if priced is not None else _price_plans(setting, plans)
+    parts = [
+        _price_part(setting, plans.select(part), (prices, rows[part]))
+        for part in np.split(np.arange(count), range(AT_ONCE, count, AT_ONCE))
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return Costs(
+        step_s=np.concatenate([part.step_s for part in parts]),
+        terms={name: np.concatenate([part.terms[name] for part in parts]) for name in TERMS},
+        memory_bytes=np.concatenate([part.memory_bytes for part in parts]),
+        memory={name: np.concatenate([part.memory[name] for part in parts]) for name in ITEMS},
+        host_bytes=np.concatenate([part.host_bytes for part in parts]),
+    )
+
+
+def _price_plans(setting: Setting, plans: PlanArrays) -> tuple[Prices, Ints]:
+    degrees, rows = combinations(plans)
+    selective = bool((plans.recompute == RECOMPUTE_CODES.index(Recompute.SELECTIVE)).any())
+    return price(setting, degrees, sections(setting.graph), by_module=selective), rows
+
+
+def _price_part(setting: Setting, plans: PlanArrays, priced: tuple[Prices, Ints]) -> Costs:
     terms, held = _evaluate(setting, plans, every_rank=False, priced=priced)
-    fullest = np.argmax(held.total, axis=1)
+    count, fullest = len(plans), np.argmax(held.total, axis=1)
     items = {name: getattr(held, name)[np.arange(count), fullest] for name in ITEMS}
     return Costs(
         step_s=sum(terms.values(), np.zeros(count)),
@@ -85,7 +110,7 @@ def estimate_many(setting: Setting, plans: PlanArrays, priced: tuple[Prices, Int
 
 
 def _evaluate(
-    setting: Setting, plans: PlanArrays, *, every_rank: bool, priced: tuple[Prices, Ints] | None = None
+    setting: Setting, plans: PlanArrays, *, every_rank: bool, priced: tuple[Prices, Ints]
 ) -> tuple[dict[str, Floats], RankMemory]:
     """Terms [plans] and memory [plans, ranks].
 
@@ -95,12 +120,7 @@ def _evaluate(
     every_rank = every_rank or stack.pipeline.serial_stages or bool(setting.cluster.sharing)
     by_sharding = any(name.startswith("fsdp.") for name in stack.overheads)
     parts = sections(graph)
-    if priced is None:
-        degrees, rows = combinations(plans)
-        selective = bool((plans.recompute == RECOMPUTE_CODES.index(Recompute.SELECTIVE)).any())
-        prices = price(setting, degrees, parts, by_module=selective)
-    else:
-        prices, rows = priced
+    prices, rows = priced
     is_block = np.asarray([part.is_block(graph) for part in parts])
     is_end = np.asarray([part.is_end(graph) for part in parts])
     where = place(parts, graph.num_blocks, plans, stack, every_rank=every_rank)
@@ -136,7 +156,8 @@ def _pipeline_ends(setting: Setting, plans: PlanArrays, work: RankWork, m: Float
 def estimate(setting: Setting, plan: Plan) -> Estimate:
     """Predict one plan. Raises PlanError if it violates the model, the workload or the cluster's size."""
     check_plan(plan, setting.graph, setting.workload, setting.cluster.world_size)
-    found, held = _evaluate(setting, to_arrays([plan]), every_rank=True)
+    plans = to_arrays([plan])
+    found, held = _evaluate(setting, plans, every_rank=True, priced=_price_plans(setting, plans))
     breakdown = {name: float(found[name][0]) for name in TERMS}
     step_s = float(sum((found[name] for name in TERMS), np.zeros(1))[0])
     fullest = int(np.argmax(held.total[0]))

@@ -216,7 +216,7 @@ def _product(columns: dict[str, Ints], name: str, numbers: Ints, values: Ints, s
 
 def _with_orders(columns: dict[str, Ints], orders: list[int], setting: Setting) -> dict[str, Ints]:
     """Rows in every order that puts some group on other links than the orders before it do."""
-    reach = setting.cluster.domain
+    reach = setting.cluster.reaches[-1]
     tp, cp, pp, dp = (columns[name] for name in ("tp", "cp", "pp", "dp"))
     experts = columns["ep"] * columns["etp"] > 1
     seen: list[Ints] = []
