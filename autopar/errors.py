@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from costmodels.errors import InputError, nearest
 
 __all__ = [
@@ -24,7 +26,18 @@ class PlanError(InputError):
 
 
 class NoFeasiblePlan(Exception):
-    """The search found nothing that fits. The message carries the nearest miss with its numbers."""
+    """The search found nothing that fits. The message carries the nearest miss with its numbers.
+
+    Attributes:
+        rejected: plans ruled out, by reason.
+        least_bytes: memory of the nearest miss; None where every plan is ruled out before memory is looked at.
+    """
+
+    def __init__(
+        self, message: str, *, rejected: Mapping[str, int] | None = None, least_bytes: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.rejected, self.least_bytes = dict(rejected or {}), least_bytes
 
 
 class RunError(Exception):

@@ -38,7 +38,7 @@ def front_json(front: Front) -> dict[str, Any]:
             for point in front.points
         ],
         "sizes": [
-            {"gpus": size, "considered": number, "feasible": front.feasible[size], "unfit": front.unfit.get(size)}
+            {"gpus": size, "considered": number, "unfit": front.unfit.get(size)}
             for size, number in front.considered.items()
         ],
     }
@@ -133,7 +133,6 @@ def comparison_json(found: StrategyComparison) -> dict[str, Any]:
             for cell in found.cells
         ],
         "considered": found.considered,
-        "feasible": found.feasible,
     }
 
 

@@ -53,10 +53,10 @@ def front_table(front: Front, *, width: int = 120, title: str = "") -> Renderabl
     from rich.text import Text
 
     shown = spread(front.points, POINTS_PER_SIZE)
-    considered, feasible = sum(front.considered.values()), sum(front.feasible.values())
+    considered = sum(front.considered.values())
     lines = [
         f"{len(front.points)} plans that none beats in step time, memory and GPUs at once, {len(shown)} of them shown; "
-        f"{considered} considered on {len(front.considered)} cluster sizes, {feasible} feasible."
+        f"{considered:,} considered on {len(front.considered)} cluster sizes."
     ]
     if front.unfit:
         sizes = ", ".join(f"{size} GPUs ({reason})" for size, reason in front.unfit.items())

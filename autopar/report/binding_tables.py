@@ -23,6 +23,7 @@ SHARE_LABELS = {
     "node link": "link in the node",
     "network link": "network",
     "launches": "launches of kernels",
+    "host": "host (offload)",
     "memory capacity": "memory capacity",
     **{term: f"{TERM_LABELS[term]} (waiting)" for term in WAITING},
     FIXED: "fixed",

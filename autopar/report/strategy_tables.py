@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from autopar.report.columns import Column, terminal_table
@@ -53,24 +53,20 @@ def scaling_columns(found: StrategyComparison) -> list[Column]:
     shares = scaling_efficiency(rows)
     scale, unit = time_scale(min((p.best.step_s for p in rows if p.best is not None), default=1.0))
 
-    def cells(text: Sequence[object]) -> tuple[str, ...]:
-        return tuple("-" if cell is None else str(cell) for cell in text)
+    prices = [point.best for point in rows]
+    losses = [p.thumb.step_s / p.best.step_s - 1 if p.best and p.thumb else None for p in rows]
+    rates = [p.best.tokens_per_s_per_gpu * p.world_size if p.best else None for p in rows]
+
+    def cells(values: Sequence[float | None], words: Callable[[float], str]) -> tuple[str, ...]:
+        return tuple("-" if value is None else words(value) for value in values)
 
     return [
         Column(header="GPUs", cells=tuple(str(p.world_size) for p in rows)),
-        Column(header=f"step {unit}", cells=cells([p.best and significant(p.best.step_s / scale) for p in rows])),
-        Column(
-            header="tokens/s",
-            cells=cells([p.best and significant(p.best.tokens_per_s_per_gpu * p.world_size) for p in rows]),
-        ),
-        Column(header="MFU", cells=cells([p.best and percent(p.best.mfu) for p in rows])),
-        Column(header="of ideal", cells=cells([None if s is None else percent(s) for s in shares])),
-        Column(
-            header="rule of thumb",
-            cells=cells(
-                [p.best and p.thumb and signed_percent(p.thumb.step_s / p.best.step_s - 1) for p in rows]
-            ),
-        ),
+        Column(header=f"step {unit}", cells=cells([e.step_s / scale if e else None for e in prices], significant)),
+        Column(header="tokens/s", cells=cells(rates, significant)),
+        Column(header="MFU", cells=cells([e.mfu if e else None for e in prices], percent)),
+        Column(header="of ideal", cells=cells(shares, percent)),
+        Column(header="rule of thumb", cells=cells(losses, signed_percent)),
         Column(
             header="plan",
             cells=tuple(p.why_not if p.best is None else p.best.plan.slug for p in rows),
@@ -123,8 +119,8 @@ def comparison_table(found: StrategyComparison, *, width: int = 120, title: str 
         terminal_table(
             map_columns(found),
             width,
-            title="Best step by tp and pp, whatever the rest (2x mem: needs twice the memory)",
+            title="Best step by tp and pp (2x mem: twice a device's memory)",
         ),
         Text(),
-        Text(f"{found.considered} plans considered on the whole cluster, {found.feasible} feasible."),
+        Text(f"{found.considered:,} plans on the whole cluster."),
     )

@@ -98,7 +98,7 @@ def search(
     found = _Walk(setting, space, decided, unsupported, forbidden, ranking, tally)
     found.all(cores, numbers)
     if not ranking.feasible:
-        raise NoFeasiblePlan(_no_plan(setting, decided, cores, tally))
+        raise _no_plan(setting, decided, cores, tally)
     return SearchResult(
         best=tuple(estimate(setting, plan) for plan in ranking.best()),
         considered=considered,
@@ -184,22 +184,25 @@ class _Walk:
         self.ranking.add(plans.select(fits), costs.step_s[fits], costs.memory_bytes[fits])
 
 
-def _no_plan(setting: Setting, decided: Decisions, cores: Cores, tally: Mapping[str, int]) -> str:
+def _no_plan(setting: Setting, decided: Decisions, cores: Cores, tally: Mapping[str, int]) -> NoFeasiblePlan:
     reasons = ", ".join(f"{number} by {reason}" for reason, number in tally.items() if number)
     world, batch = setting.cluster.world_size, setting.workload.global_batch
     smallest = _smallest(setting, decided, cores) if len(cores) else None
     if smallest is None:
-        return (
+        return NoFeasiblePlan(
             f"no layout of {world} ranks fits the model and the batch of {batch} ({reasons}): change the number of "
-            "devices or the global batch"
+            "devices or the global batch",
+            rejected=tally,
         )
     device = setting.cluster.device
     need, limit = smallest.memory_bytes / GIB, device.memory_bytes / GIB
     items = sorted(((size / GIB, name) for name, size in smallest.memory.items()), reverse=True)
     largest = ", ".join(f"{name} {size:.1f}" for size, name in items[:3])
-    return (
+    return NoFeasiblePlan(
         f"no plan fits in memory ({reasons}). The nearest miss, {smallest.plan.slug}, needs {need:.1f} GiB of "
-        f"{limit:.1f} GiB per device ({largest}): use more devices, devices with more memory or a smaller model"
+        f"{limit:.1f} GiB per device ({largest}): use more devices, devices with more memory or a smaller model",
+        rejected=tally,
+        least_bytes=smallest.memory_bytes,
     )
 
 

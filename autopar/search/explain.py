@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from autopar.errors import NoFeasiblePlan
 from autopar.estimate import Estimate, Setting, estimate
 from autopar.plan import Plan
-from autopar.search.exhaustive import search
+from autopar.search.obstacle import best_of
 from autopar.search.resources import RATES, Resource, improved
 from autopar.search.space import Space
 
@@ -123,7 +122,7 @@ def explain(
             on_resource(resource)
         better = improved(setting, resource, 1 + MORE)
         gain = now.step_s / estimate(better, plan).step_s - 1
-        best = _best(better, space) if replan else None
+        best = best_of(better, space) if replan else None
         improvements.append(
             Improvement(
                 resource=resource,
@@ -138,10 +137,3 @@ def explain(
         shares=shares_of(by_term),
         improvements=tuple(sorted(improvements, key=lambda i: (-i.gain, -(i.replanned_gain or 0.0)))),
     )
-
-
-def _best(setting: Setting, space: Space | None) -> Estimate | None:
-    try:
-        return search(setting, top=1, space=space).best[0]
-    except NoFeasiblePlan:
-        return None

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from autopar.errors import PlanError
 from autopar.estimate import Setting
@@ -52,9 +53,10 @@ def _changes(setting: Setting, plan: Plan) -> Iterator[Change]:
     yield from _shardings(setting, plan)
     yield from _microbatches(setting, plan)
     yield from _degrees(setting, plan)
-    offload = not plan.offload_optimizer
-    words = "optimizer state in host memory" if offload else "optimizer state on the devices"
-    yield "offload", words, lambda: dataclasses.replace(plan, offload_optimizer=offload)
+    if plan.offload_optimizer:
+        yield "offload", "optimizer state on the devices", partial(dataclasses.replace, plan, offload_optimizer=False)
+    elif setting.stack.offers.offload:
+        yield "offload", "optimizer state in host memory", partial(dataclasses.replace, plan, offload_optimizer=True)
     if plan.schedule not in DEFAULT_SCHEDULES:
         schedule = default_schedule(plan.layout.vp)
         yield "schedule", f"the {schedule} schedule", lambda: dataclasses.replace(plan, schedule=schedule)
@@ -66,15 +68,15 @@ def _recomputations(setting: Setting, plan: Plan) -> Iterator[Change]:
             plan, recompute=recompute, recompute_modules=modules, recompute_layers=layers
         )
 
-    tagged = {op.module for op in setting.graph.ops}
-    modules = [module for module in RECOMPUTE_MODULES if module in tagged]
+    tagged, offers = {op.module for op in setting.graph.ops}, setting.stack.offers
+    modules = [module for module in RECOMPUTE_MODULES if module in tagged and module in offers.selective]
     yield "recompute", "no recomputation", make(Recompute.NONE)
     yield "recompute", "selective recomputation", make(Recompute.SELECTIVE)
     for number in range(1, len(modules) + 1):
         for chosen in {tuple(modules[:number]), (modules[number - 1],)}:
             yield "recompute", f"selective recomputation of {' and '.join(chosen)}", make(Recompute.SELECTIVE, chosen)
     most = max(plan.blocks_of_stages(setting.graph.num_blocks), default=1)
-    for layers in range(1, most):
+    for layers in range(1, most if offers.partial_recompute else 1):
         words = f"full recomputation of {layers} block{'s' if layers > 1 else ''} of each virtual stage"
         yield "recompute", words, make(Recompute.FULL, (), layers)
     yield "recompute", "full recomputation", make(Recompute.FULL)
@@ -82,34 +84,21 @@ def _recomputations(setting: Setting, plan: Plan) -> Iterator[Change]:
 
 def _shardings(setting: Setting, plan: Plan) -> Iterator[Change]:
     layout = plan.layout
+
+    def make(zero: int) -> Plan:
+        replicate, shard = (layout.dp, 1) if zero == 0 else (1, layout.dp)
+        spread = dataclasses.replace(layout, dp_replicate=replicate, dp_shard=shard)
+        return dataclasses.replace(plan, zero_stage=zero, layout=spread)
+
     for zero in setting.stack.data.shardable:
-        spread = {"dp_replicate": layout.dp, "dp_shard": 1} if zero == 0 else {"dp_replicate": 1, "dp_shard": layout.dp}
-        yield (
-            "sharding",
-            f"ZeRO-{zero}" if zero else "no sharding",
-            partial(_sharded, plan, zero, spread),
-        )
-
-
-def _sharded(plan: Plan, zero: int, spread: dict[str, int]) -> Plan:
-    layout = dataclasses.replace(plan.layout, dp_replicate=spread["dp_replicate"], dp_shard=spread["dp_shard"])
-    return dataclasses.replace(plan, zero_stage=zero, layout=layout)
-
-
-def _with_microbatch(plan: Plan, size: int) -> Plan:
-    return dataclasses.replace(plan, microbatch_size=size)
+        yield "sharding", f"ZeRO-{zero}" if zero else "no sharding", partial(make, zero)
 
 
 def _microbatches(setting: Setting, plan: Plan) -> Iterator[Change]:
     batch, dp = setting.workload.global_batch, plan.layout.dp
-    if batch % dp:
-        return
-    for size in divisors(batch // dp):
-        yield (
-            "microbatch",
-            f"microbatches of {size}",
-            partial(_with_microbatch, plan, size),
-        )
+    for size in divisors(batch // dp) if batch % dp == 0 else ():
+        words = f"microbatches of {size}"
+        yield "microbatch", words, partial(dataclasses.replace, plan, microbatch_size=size)
 
 
 def _degrees(setting: Setting, plan: Plan) -> Iterator[Change]:
@@ -156,9 +145,9 @@ def with_degrees(plan: Plan, world_size: int, **degrees: int) -> Plan:
     replicas = plan.layout.dp_replicate if zero and dp % plan.layout.dp_replicate == 0 else 1
     if zero and replicas == dp:
         replicas = 1
-    spread = {"dp_replicate": replicas, "dp_shard": dp // replicas} if zero else {"dp_replicate": dp, "dp_shard": 1}
-    spread |= wanted
-    changed: Layout = dataclasses.replace(layout, pp=pp, vp=vp, **spread)  # type: ignore[arg-type]
+    spread = (replicas, dp // replicas) if zero else (dp, 1)
+    axes: Any = {**wanted, "pp": pp, "vp": vp, "dp_replicate": spread[0], "dp_shard": spread[1]}
+    changed: Layout = dataclasses.replace(layout, **axes)
     same_stages = (pp, vp) == (layout.pp, layout.vp)
     usual = plan.schedule in DEFAULT_SCHEDULES or not same_stages
     return dataclasses.replace(

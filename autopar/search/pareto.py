@@ -10,11 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from autopar.errors import NoFeasiblePlan
 from autopar.estimate import Estimate, Setting, estimate
 from autopar.estimate.arrays import Bools
+from autopar.search.exhaustive import search
+from autopar.search.obstacle import obstacle_of
 from autopar.search.space import Space, divisors
-from autopar.search.whole import Priced, price_space
 from costmodels.hardware import Cluster
+
+LEVELS = 10
+"""Memory limits at which the fastest plan is looked for."""
 
 
 def pareto(points: ArrayLike) -> Bools:
@@ -46,21 +51,36 @@ def pareto(points: ArrayLike) -> Bools:
     return np.asarray(free[place.reshape(-1)])
 
 
-def time_memory_front(priced: Priced) -> tuple[int, ...]:
-    """Feasible plans of one cluster size that none beats in time and memory, the fastest first.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Levels:
+    """The fastest plans under falling memory limits, and how many plans the space has."""
 
-    Of plans with equal prices the first by slug stands for all.
+    estimates: tuple[Estimate, ...]
+    considered: int
+
+
+def time_memory_front(setting: Setting, *, space: Space | None = None, levels: int = LEVELS) -> Levels:
+    """The fastest plan under each memory limit, from all of a device downwards in ``levels`` even steps.
+
+    The method of constraints (Haimes, Lasdon and Wismer 1971): each is on the front of step time and memory, since it
+    is the fastest under its limit and of equally fast ones the smallest. Limits that a plan found before keeps as well
+    are not searched again. Raises NoFeasiblePlan where nothing fits at all.
     """
-    indices = np.flatnonzero(priced.feasible)
-    order = indices[np.lexsort((priced.memory_bytes[indices], priced.step_s[indices]))]
-    memory = priced.memory_bytes[order]
-    before = np.concatenate(([np.inf], np.minimum.accumulate(memory)[:-1])) if len(order) else memory
-    found = []
-    for index in order[memory < before].tolist():
-        equal = priced.feasible & (priced.step_s == priced.step_s[index])
-        equal &= priced.memory_bytes == priced.memory_bytes[index]
-        found.append(min(np.flatnonzero(equal).tolist(), key=lambda i: priced.plans.plan(i).slug))
-    return tuple(found)
+    device = setting.cluster.device
+    found = [search(setting, top=1, space=space)]
+    for level in range(levels - 1, 0, -1):
+        limit = device.memory_bytes * level / levels
+        if found[-1].best[0].memory_bytes <= limit:
+            continue
+        tighter = dataclasses.replace(device, memory_bytes=limit)
+        part = dataclasses.replace(setting, cluster=dataclasses.replace(setting.cluster, device=tighter))
+        try:
+            found.append(search(part, top=1, space=space))
+        except NoFeasiblePlan:
+            break
+    return Levels(
+        estimates=tuple(estimate(setting, result.best[0].plan) for result in found), considered=found[0].considered
+    )
 
 
 def part_of(cluster: Cluster, world_size: int) -> Cluster:
@@ -110,13 +130,12 @@ class Front:
 
     Attributes:
         points: by size, the fastest of each first.
-        considered, feasible: plans of each size.
-        unfit: sizes on which nothing fits, with the reason that rules out the most plans.
+        considered: plans of each size.
+        unfit: sizes on which nothing fits, with the reason.
     """
 
     points: tuple[FrontPoint, ...]
     considered: dict[int, int]
-    feasible: dict[int, int]
     unfit: dict[int, str]
 
 
@@ -125,30 +144,29 @@ def pareto_front(
 ) -> Front:
     """Plans on any part of the cluster that none beats in step time, memory of the fullest rank and devices at once.
 
+    Of every size the plans of ``time_memory_front``, without those that one of another size beats in all three.
+
     Args:
         on_size: told (sizes done, of how many) before each size.
     """
-    candidates: list[tuple[int, Setting, Priced, int]] = []
-    considered, feasible, unfit = {}, {}, {}
+    candidates: list[FrontPoint] = []
+    considered, unfit = {}, {}
     looked_at = sizes(setting.cluster)
     for done, world_size in enumerate(looked_at):
         if on_size is not None:
             on_size(done, len(looked_at))
         part = dataclasses.replace(setting, cluster=part_of(setting.cluster, world_size))
-        priced = price_space(part, space)
-        considered[world_size] = len(priced.plans)
-        feasible[world_size] = int(np.count_nonzero(priced.feasible))
-        if not feasible[world_size]:
-            counts = priced.counts()
-            unfit[world_size] = "memory" if "memory" in counts else max(counts, key=counts.__getitem__, default="batch")
-        candidates += [(world_size, part, priced, index) for index in time_memory_front(priced)]
-    objectives = [(size, priced.step_s[index], priced.memory_bytes[index]) for size, _, priced, index in candidates]
-    kept = [candidate for candidate, free in zip(candidates, pareto(objectives), strict=True) if free]
-    points = [
-        FrontPoint(world_size=size, estimate=estimate(part, priced.plans.plan(index)))
-        for size, part, priced, index in kept
-    ]
-    return Front(points=tuple(points), considered=considered, feasible=feasible, unfit=unfit)
+        try:
+            found = time_memory_front(part, space=space)
+        except NoFeasiblePlan as error:
+            considered[world_size] = sum(error.rejected.values())
+            unfit[world_size] = obstacle_of(error, part).reason
+            continue
+        considered[world_size] = found.considered
+        candidates += [FrontPoint(world_size=world_size, estimate=price) for price in found.estimates]
+    objectives = [(p.world_size, p.estimate.step_s, p.estimate.memory_bytes) for p in candidates]
+    points = tuple(point for point, free in zip(candidates, pareto(objectives), strict=True) if free)
+    return Front(points=points, considered=considered, unfit=unfit)
 
 
 def spread(points: tuple[FrontPoint, ...], per_size: int) -> tuple[FrontPoint, ...]:

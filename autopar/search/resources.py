@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from autopar.estimate import Setting
 from costmodels.hardware import Cluster, CollectiveCurve, Link
+from costmodels.offload import Host
 
 
 class Resource(StrEnum):
@@ -17,6 +18,7 @@ class Resource(StrEnum):
     NODE_LINK = "node link"
     NETWORK_LINK = "network link"
     LAUNCHES = "launches"
+    HOST = "host"
     MEMORY_CAPACITY = "memory capacity"
 
 
@@ -29,7 +31,8 @@ def improved(setting: Setting, resource: Resource, factor: float) -> Setting:
 
     Compute: FLOP/s of every precision. Links: bandwidth, and latencies that many times shorter; measured curves of
     collectives likewise, by the level on which their groups lie. Launches: host seconds per kernel, per call and per
-    step, and the start of each kernel on the device.
+    step, and the start of each kernel on the device. Host: bandwidth of its memory and of the link to it, where state
+    is offloaded; nothing where the device names no host.
     """
     cluster, device = setting.cluster, setting.cluster.device
     if resource is Resource.COMPUTE:
@@ -41,6 +44,10 @@ def improved(setting: Setting, resource: Resource, factor: float) -> Setting:
     elif resource is Resource.MEMORY_CAPACITY:
         larger = dataclasses.replace(device, memory_bytes=device.memory_bytes * factor)
         changed = dataclasses.replace(cluster, device=larger)
+    elif resource is Resource.HOST:
+        changed = dataclasses.replace(
+            cluster, device=dataclasses.replace(device, host=_faster_host(device.host, factor))
+        )
     elif resource is Resource.NODE_LINK:
         curves = _curves(cluster, factor, inside=True)
         changed = dataclasses.replace(cluster, node_link=_faster(cluster.node_link, factor), curves=curves)
@@ -50,6 +57,14 @@ def improved(setting: Setting, resource: Resource, factor: float) -> Setting:
     else:
         return _faster_launches(setting, factor)
     return dataclasses.replace(setting, cluster=changed)
+
+
+def _faster_host(host: Host | None, factor: float) -> Host | None:
+    if host is None:
+        return None
+    return dataclasses.replace(
+        host, link_bandwidth=host.link_bandwidth * factor, memory_bandwidth=host.memory_bandwidth * factor
+    )
 
 
 def _faster(link: Link, factor: float) -> Link:

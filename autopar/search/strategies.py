@@ -9,19 +9,15 @@ baseline.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
-from autopar.estimate import Estimate, PlanArrays, Setting, estimate
-from autopar.estimate.arrays import RECOMPUTE_CODES, Bools
+from autopar.estimate import Estimate, Setting
 from autopar.plan import Recompute
+from autopar.search.obstacle import Obstacle, best_or_obstacle, with_degrees
 from autopar.search.pareto import part_of
-from autopar.search.space import Space
-from autopar.search.whole import Priced, price_space
+from autopar.search.space import Space, cores_of, decisions, divisors, number_of_plans
 from costmodels.hardware import Cluster
-from costmodels.units import GIB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,56 +37,55 @@ class Strategy:
     why_not: str = ""
 
 
-def strategies(setting: Setting, priced: Priced) -> tuple[Strategy, ...]:
+def strategies(setting: Setting, space: Space | None = None) -> tuple[Strategy, ...]:
     """Strategies from the simplest to the best plan; of each its best plan in the space."""
-    plans = priced.plans
-    alone = {axis: getattr(plans, axis) == 1 for axis in ("tp", "pp", "cp")}
-    families: list[tuple[str, str, Bools]] = [
-        ("data", "tp = pp = cp = 1: replicas or sharded data parallelism", alone["tp"] & alone["pp"] & alone["cp"]),
-        ("tensor + data", "pp = cp = 1", alone["pp"] & alone["cp"]),
-        ("pipeline + data", "tp = cp = 1", alone["tp"] & alone["cp"]),
-        ("rule of thumb", "tp up to the node, pp until it fits, data for the rest", rule_of_thumb(setting, priced)),
-        ("best plan", "the whole space", np.ones(len(plans), dtype=np.bool_)),
-    ]
-    return tuple(_strategy(setting, priced, name, rule, among) for name, rule, among in families)
+    one = (1,)
+    families: list[tuple[str, str, Estimate | Obstacle]] = []
+    for name, rule, degrees in (
+        ("data", "tp = pp = cp = 1: replicas or sharded data parallelism", {"tp": one, "pp": one, "cp": one}),
+        ("tensor + data", "pp = cp = 1", {"pp": one, "cp": one}),
+        ("pipeline + data", "tp = cp = 1", {"tp": one, "cp": one}),
+    ):
+        families.append((name, rule, best_or_obstacle(setting, with_degrees(space, degrees))))
+    families.append(("rule of thumb", "tp up to the node, pp until it fits, data for the rest", thumb(setting, space)))
+    families.append(("best plan", "the whole space", best_or_obstacle(setting, space)))
+    return tuple(
+        Strategy(name=name, rule=rule, estimate=None, why_not=found.words)
+        if isinstance(found, Obstacle)
+        else Strategy(name=name, rule=rule, estimate=found)
+        for name, rule, found in families
+    )
 
 
-def _strategy(setting: Setting, priced: Priced, name: str, rule: str, among: Bools) -> Strategy:
-    index = priced.fastest(among)
-    if index is not None:
-        return Strategy(name=name, rule=rule, estimate=estimate(setting, priced.plans.plan(index)))
-    return Strategy(name=name, rule=rule, estimate=None, why_not=obstacle(priced, among))
-
-
-def rule_of_thumb(setting: Setting, priced: Priced) -> Bools:
-    """Plans that follow the rule of thumb, [plans]: its degrees, and anything beside them.
+def thumb(setting: Setting, space: Space | None = None) -> Estimate | Obstacle:
+    """The best plan that follows the rule of thumb.
 
     tp is the most that a node allows and heads divide into, cp 1, pp the least with which such a plan fits: without
     full recomputation if any pp allows that (as recipes have it since Korthikanti et al. 2022), else with it.
     """
-    plans = priced.plans
-    in_node = (plans.tp <= setting.cluster.devices_per_node) & (plans.cp == 1)
-    usable = in_node & np.isfinite(priced.memory_bytes)
-    if not usable.any():
-        return np.zeros(len(plans), dtype=np.bool_)
-    tensor = usable & (plans.tp == plans.tp[usable].max())
-    keeps = plans.recompute != RECOMPUTE_CODES.index(Recompute.FULL)
-    for fits in (tensor & priced.feasible & keeps, tensor & priced.feasible, tensor):
-        if fits.any():
-            break
-    return np.asarray(tensor & (plans.pp == plans.pp[fits].min()))
+    last: Estimate | Obstacle | None = None
+    for part in _thumb_spaces(setting, space or Space()):
+        last = best_or_obstacle(setting, part)
+        if isinstance(last, Estimate):
+            return last
+    return last or Obstacle(reason="no such layout", need=None, limit=setting.cluster.device.memory_bytes)
 
 
-def obstacle(priced: Priced, among: Bools) -> str:
-    """In a few words, why none of these plans can be used."""
-    if not among.any():
-        return "no such plan"
-    smallest = priced.smallest(among)
-    if smallest is not None:
-        need, limit = priced.memory_bytes[smallest] / GIB, priced.memory_limit / GIB
-        return f"memory: needs {need:.1f} of {limit:.1f} GiB"
-    counts = priced.counts(among)
-    return max(counts, key=counts.__getitem__)
+def _thumb_spaces(setting: Setting, space: Space) -> Iterator[Space]:
+    """Spaces of the rule in the order in which they are tried."""
+    world, attention = setting.cluster.world_size, setting.graph.attention
+    heads = (attention.num_heads, attention.num_kv_heads) if attention else (1,)
+    tp = max(
+        degree
+        for degree in divisors(world)
+        if degree <= setting.cluster.devices_per_node and all(number % degree == 0 for number in heads)
+    )
+    keeps = tuple(kind for kind in space.recompute if kind is not Recompute.FULL)
+    for recompute, partial in ((keeps, False), (space.recompute, space.partial_recompute)):
+        for pp in divisors(world // tp):
+            if recompute and pp <= setting.graph.num_blocks:
+                fixed = dataclasses.replace(space, recompute=recompute, partial_recompute=partial)
+                yield with_degrees(fixed, {"tp": (tp,), "pp": (pp,), "cp": (1,)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +96,8 @@ class Cell:
         step_s: of the best plan; None if none can be used.
         slug: of it.
         reason: what rules out all plans (``memory``, ``key-value heads``, ``stages``, ``batch``, ...), or empty.
-        memory_ratio: least memory of any plan over what a device offers; None if none was priced.
+        memory_ratio: memory of that plan over what a device offers, of the plan that needs the least where none fits;
+            None if all are ruled out before.
     """
 
     tp: int
@@ -112,25 +108,20 @@ class Cell:
     memory_ratio: float | None
 
 
-def cells(priced: Priced) -> tuple[Cell, ...]:
-    """One cell for each tp and pp of the space, whatever the other degrees."""
-    plans: PlanArrays = priced.plans
-    pairs = sorted({(tp, pp) for tp, pp in zip(plans.tp.tolist(), plans.pp.tolist(), strict=True)})
-    return tuple(_cell(priced, tp, pp, (plans.tp == tp) & (plans.pp == pp)) for tp, pp in pairs)
+def cells(setting: Setting, space: Space | None = None) -> tuple[Cell, ...]:
+    """One cell for each tp and pp that divide the ranks, whatever the other degrees."""
+    world = setting.cluster.world_size
+    pairs = [(tp, pp) for tp in divisors(world) for pp in divisors(world // tp)]
+    return tuple(_cell(setting, tp, pp, space) for tp, pp in pairs)
 
 
-def _cell(priced: Priced, tp: int, pp: int, among: Bools) -> Cell:
-    best, smallest = priced.fastest(among), priced.smallest(among)
-    counts = priced.counts(among)
-    reason = "memory" if smallest is not None else max(counts, key=counts.__getitem__, default="")
-    return Cell(
-        tp=tp,
-        pp=pp,
-        step_s=None if best is None else float(priced.step_s[best]),
-        slug="" if best is None else priced.plans.plan(best).slug,
-        reason="" if best is not None else reason,
-        memory_ratio=None if smallest is None else float(priced.memory_bytes[smallest] / priced.memory_limit),
-    )
+def _cell(setting: Setting, tp: int, pp: int, space: Space | None) -> Cell:
+    found = best_or_obstacle(setting, with_degrees(space, {"tp": (tp,), "pp": (pp,)}))
+    if isinstance(found, Obstacle):
+        ratio = None if found.need is None else found.need / found.limit
+        return Cell(tp=tp, pp=pp, step_s=None, slug="", reason=found.reason, memory_ratio=ratio)
+    ratio = found.memory_bytes / found.memory_limit
+    return Cell(tp=tp, pp=pp, step_s=found.step_s, slug=found.plan.slug, reason="", memory_ratio=ratio)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,14 +139,13 @@ class StrategyComparison:
     """Strategies and cells on the whole cluster, and sizes up to it.
 
     Attributes:
-        considered, feasible: plans of the whole cluster.
+        considered: plans of the whole cluster.
     """
 
     strategies: tuple[Strategy, ...]
     cells: tuple[Cell, ...]
     scaling: tuple[ScalePoint, ...]
     considered: int
-    feasible: int
 
 
 def scaling_sizes(cluster: Cluster) -> tuple[int, ...]:
@@ -168,7 +158,7 @@ def scaling_sizes(cluster: Cluster) -> tuple[int, ...]:
 def compare_strategies(
     setting: Setting, *, space: Space | None = None, on_size: Callable[[int, int], None] | None = None
 ) -> StrategyComparison:
-    """Price the space of every size once and read everything from it. The global batch is the same on all sizes.
+    """Search every size, strategy and cell. The global batch is the same on all sizes.
 
     Args:
         on_size: told (sizes done, of how many) before each.
@@ -177,22 +167,29 @@ def compare_strategies(
     scaling = []
     for done, size in enumerate(sizes):
         if on_size is not None:
-            on_size(done, len(sizes))
+            on_size(done, len(sizes) + 1)
         part = dataclasses.replace(setting, cluster=part_of(setting.cluster, size))
-        priced = price_space(part, space)
-        best, thumb = priced.fastest(), priced.fastest(rule_of_thumb(part, priced))
+        best, advised = best_or_obstacle(part, space), thumb(part, space)
         scaling.append(
             ScalePoint(
                 world_size=size,
-                best=None if best is None else estimate(part, priced.plans.plan(best)),
-                thumb=None if thumb is None else estimate(part, priced.plans.plan(thumb)),
-                why_not=obstacle(priced, np.ones(len(priced.plans), dtype=np.bool_)) if best is None else "",
+                best=None if isinstance(best, Obstacle) else best,
+                thumb=None if isinstance(advised, Obstacle) else advised,
+                why_not=best.words if isinstance(best, Obstacle) else "",
             )
         )
+    if on_size is not None:
+        on_size(len(sizes), len(sizes) + 1)
     return StrategyComparison(
-        strategies=strategies(part, priced),
-        cells=cells(priced),
+        strategies=strategies(setting, space),
+        cells=cells(setting, space),
         scaling=tuple(scaling),
-        considered=len(priced.plans),
-        feasible=int(np.count_nonzero(priced.feasible)),
+        considered=_considered(setting, space),
     )
+
+
+def _considered(setting: Setting, space: Space | None) -> int:
+    """Plans of the space."""
+    space = space or Space()
+    decided = decisions(setting, space)
+    return int(number_of_plans(cores_of(setting, space, decided), decided).sum())

@@ -63,7 +63,7 @@ def why_not(setting: Setting, plan: Plan, found: SearchResult) -> WhyNot:
     """
     refused = forbidden(setting, plan)
     price = None if refused else estimate(setting, plan)
-    if price is not None and price.memory_bytes > price.memory_limit:
+    if price is not None and not price.fits:
         refused = (_memory(price),)
     rank = None
     if price is not None and not refused:
@@ -96,6 +96,13 @@ def forbidden(setting: Setting, plan: Plan) -> tuple[Rejected, ...]:
 
 
 def _memory(price: Estimate) -> Rejected:
+    if price.memory_bytes <= price.memory_limit:
+        return Rejected(
+            reason="host memory",
+            detail=f"offloaded state needs {price.host_bytes / GIB:.1f} GiB of host memory; a device has "
+            f"{price.host_limit / GIB:.1f} GiB of it",
+            numbers={"need_gib": price.host_bytes / GIB, "limit_gib": price.host_limit / GIB},
+        )
     over = price.memory_bytes - price.memory_limit
     items = sorted(price.memory.items(), key=lambda item: -item[1])
     largest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in items[:3])
@@ -141,7 +148,7 @@ def _cheapest(setting: Setting, candidates: Iterable[tuple[str, str, Plan]]) -> 
     if not allowed:
         return ()
     costs = estimate_many(setting, to_arrays([plan for _, _, plan in allowed]))
-    fits = costs.memory_bytes <= setting.cluster.device.memory_bytes
+    fits = costs.fits(setting)
     chosen: dict[str, int] = {}
     for index in np.lexsort((costs.memory_bytes, costs.step_s)).tolist():
         if fits[index]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.errors import NoFeasiblePlan
 from autopar.estimate import Estimate, Setting, estimate, estimate_many, to_arrays
 from autopar.plan import Plan
 from autopar.search.distinct import distinct_key
 from autopar.search.exhaustive import search
 from autopar.search.neighbours import neighbours
+from autopar.search.obstacle import best_of
 from autopar.search.space import Space
 from autopar.search.why_not import forbidden
 from autopar.validate.doubts import Doubt, doubts
@@ -42,7 +42,7 @@ class Trial:
     @property
     def fits(self) -> bool:
         """Whether the chosen plan fits in memory then."""
-        return self.chosen.memory_bytes <= self.chosen.memory_limit
+        return self.chosen.fits
 
     @property
     def regret(self) -> float | None:
@@ -134,7 +134,7 @@ def sensitivity(
             on_trial(done, len(cases))
         changed = doubt.changed(factor)
         trials.append(
-            Trial(doubt=doubt, factor=factor, chosen=estimate(changed, chosen.plan), best=_best(changed, space))
+            Trial(doubt=doubt, factor=factor, chosen=estimate(changed, chosen.plan), best=best_of(changed, space))
         )
     return Sensitivity(chosen=chosen, runner_up=runner_up, trials=tuple(trials), error=error)
 
@@ -150,10 +150,3 @@ def _moving(setting: Setting, plans: list[Plan]) -> list[Doubt]:
         return not (np.array_equal(now.step_s, then.step_s) and np.array_equal(now.memory_bytes, then.memory_bytes))
 
     return [doubt for doubt in doubts(setting) if moves(doubt)]
-
-
-def _best(setting: Setting, space: Space | None) -> Estimate | None:
-    try:
-        return search(setting, top=1, space=space).best[0]
-    except NoFeasiblePlan:
-        return None

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from autopar.estimate import Setting, estimate
-from autopar.plan import violations
+from autopar.plan import Recompute, violations
+from autopar.search.exhaustive import search
 from autopar.search.pareto import pareto, pareto_front, part_of, sizes, spread, time_memory_front
-from autopar.search.whole import price_space
+from autopar.search.space import Space, enumerate_plans
 from costmodels.hardware import load_cluster
 
 
@@ -40,45 +41,42 @@ def test_parts_of_a_cluster() -> None:
     assert sizes(load_cluster("h100:1x6")) == (1, 2, 3, 4, 6)
 
 
+SMALL = Space(max_vp=2, max_cp=2, max_microbatch=2, recompute=(Recompute.NONE, Recompute.FULL), offload=False,
+              partial_recompute=False, uneven_ends=False)  # fmt: skip
+
+
 def test_no_plan_of_any_size_beats_a_point_of_the_front(setting_of: Callable[..., Setting]) -> None:
     setting = setting_of("llama2-7b", "a100-80g:2x2", 8, 2048)
-    front = pareto_front(setting)
+    front = pareto_front(setting, space=SMALL)
     rows = []
     for size in sizes(setting.cluster):
         part = dataclasses.replace(setting, cluster=part_of(setting.cluster, size))
-        priced = price_space(part)
-        assert front.considered[size] == len(priced.plans) == front.feasible[size] + sum(priced.counts().values())
-        rows += [(size, priced.step_s[i], priced.memory_bytes[i]) for i in np.flatnonzero(priced.feasible)]
-        assert (size in front.unfit) is (not priced.feasible.any())
-    expected = {row for row, free in zip(rows, brute_force(np.asarray(rows)), strict=True) if free}
-    found = [(p.world_size, p.estimate.step_s, p.estimate.memory_bytes) for p in front.points]
-    assert len(found) == len(set(found)) and set(found) == expected
+        plans = enumerate_plans(part, SMALL)
+        assert front.considered[size] == len(plans)
+        found = [plans.plan(i) for i in range(len(plans))]
+        prices = [estimate(part, p) for p in found if not violations(p, part.graph, part.workload, size)]
+        rows += [(size, e.step_s, e.memory_bytes) for e in prices if e.fits]
+        assert (size in front.unfit) is (not any(e.fits for e in prices))
+    every = np.asarray(rows)
+    points = [(p.world_size, p.estimate.step_s, p.estimate.memory_bytes) for p in front.points]
+    assert len(points) == len(set(points)) > 3
+    for point in np.asarray(points):
+        same = every[every[:, 0] == point[0]]
+        assert not np.any(np.all(same <= point, axis=1) & np.any(same < point, axis=1))
+    assert all(pareto(points))
 
 
-def test_the_front_of_one_size_begins_with_the_fastest(setting_of: Callable[..., Setting]) -> None:
+def test_the_fastest_under_falling_limits(setting_of: Callable[..., Setting]) -> None:
     setting = setting_of("llama2-7b", "a100-80g:1x8", 16, 2048)
-    priced = price_space(setting)
-    front = time_memory_front(priced)
-    assert front[0] == priced.fastest()
-    step, memory = priced.step_s[list(front)], priced.memory_bytes[list(front)]
+    found = time_memory_front(setting, levels=8).estimates
+    assert found[0] == search(setting, top=1).best[0]
+    step, memory = [e.step_s for e in found], [e.memory_bytes for e in found]
     assert np.all(np.diff(step) > 0) and np.all(np.diff(memory) < 0)
-    assert front[-1] == priced.smallest(priced.feasible) or memory[-1] == priced.memory_bytes[priced.feasible].min()
-
-
-def test_prices_of_the_whole_space_are_those_of_single_plans(setting_of: Callable[..., Setting]) -> None:
-    setting = setting_of("llama2-7b", "a100-80g:1x4", 8, 2048)
-    priced = price_space(setting)
-    for index in np.random.default_rng(1).choice(len(priced.plans), 40, replace=False).tolist():
-        plan = priced.plans.plan(index)
-        found = violations(plan, setting.graph, setting.workload, 4)
-        if found:
-            assert priced.reasons[priced.reason[index]] == found[0].reason and np.isinf(priced.step_s[index])
-        else:
-            single = estimate(setting, plan)
-            assert (priced.step_s[index], priced.memory_bytes[index]) == (single.step_s, single.memory_bytes)
-            assert bool(priced.feasible[index]) is (single.memory_bytes <= single.memory_limit)
-    best = priced.fastest()
-    assert best is not None and priced.faster_than(priced.step_s[best]) == 0
+    limits = setting.cluster.device.memory_bytes * np.arange(1, 9) / 8
+    # Each level is kept by a plan that was found, or by none.
+    assert [np.searchsorted(limits, size) for size in memory] == sorted(
+        {int(np.searchsorted(limits, size)) for size in memory}, reverse=True
+    )
 
 
 @pytest.mark.parametrize("per_size", [2, 3])

@@ -22,6 +22,7 @@ SHARE_COLORS = {
     "node link": "#d55e00",
     "network link": "#f0a830",
     "launches": "#9a86c8",
+    "host": "#8f2d56",
     "pipeline_bubble": "#c3c8cf",
     "processor_sharing": "#6f7783",
     "stragglers": "#a8b0ba",
