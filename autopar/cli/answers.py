@@ -13,6 +13,7 @@ from autopar.cli.common import (
     ClusterOption,
     JsonFlag,
     Model,
+    Offload,
     OptimizerOption,
     OutOption,
     PrecisionOption,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from autopar.estimate import Setting
+    from autopar.search.space import Space
 
 RANKED = 100
 """Plans among which the rank of one that is asked about is known."""
@@ -46,6 +48,7 @@ def explain(
     precision: PrecisionOption = Precision.BF16,
     optimizer: OptimizerOption = Optimizer.ADAMW,
     stack: StackOption = "megatron-core",
+    offload: Offload = True,
     replan: Annotated[bool, typer.Option(help="Search anew with each improvement.")] = True,
     as_json: JsonFlag = False,
     out: OutOption = None,
@@ -54,11 +57,14 @@ def explain(
     from autopar.cli.answers_json import explain_json
     from autopar.search.exhaustive import search
     from autopar.search.explain import explain as explain_plan
+    from autopar.search.space import Space
     from autopar.search.why_not import whole_slug
 
     _, setting = setting_of(model, cluster, global_batch, seq_len, precision, optimizer, stack)
-    chosen = whole_slug(slug, setting.cluster.world_size) if slug else search(setting, top=1).best[0].plan
-    answer = explain_plan(setting, chosen, replan=replan)
+    space = Space(offload=offload)
+    named = whole_slug(slug, setting.cluster.world_size) if slug else None
+    chosen = named or search(setting, top=1, space=space).best[0].plan
+    answer = explain_plan(setting, chosen, replan=replan, space=space)
     if as_json:
         print(json.dumps({"schema_version": 1, **explain_json(answer)}))
     else:
@@ -80,16 +86,22 @@ def compare(
     precision: PrecisionOption = Precision.BF16,
     optimizer: OptimizerOption = Optimizer.ADAMW,
     stack: StackOption = "megatron-core",
+    offload: Offload = True,
     as_json: JsonFlag = False,
     out: OutOption = None,
 ) -> None:
     """Hold strategies, cluster sizes and degrees side by side; draw them with -o."""
     from autopar.cli.answers_json import comparison_json
+    from autopar.search.space import Space
     from autopar.search.strategies import compare_strategies
 
     spec, setting = setting_of(model, cluster, global_batch, seq_len, precision, optimizer, stack)
     with progress() as on_message:
-        found = compare_strategies(setting, on_size=lambda done, of: on_message(_part("cluster sizes", done, of)))
+        found = compare_strategies(
+            setting,
+            space=Space(offload=offload),
+            on_size=lambda done, of: on_message(_part("cluster sizes", done, of)),
+        )
     title = f"{spec.name} on {cluster}"
     if as_json:
         print(json.dumps({"schema_version": 1, **comparison_json(found)}))
@@ -109,7 +121,15 @@ def compare(
 
 
 def plan_answers(
-    setting: Setting, title: str, *, pareto: bool, why_not: str, sensitivity: bool, as_json: bool, out: Path | None
+    setting: Setting,
+    space: Space,
+    title: str,
+    *,
+    pareto: bool,
+    why_not: str,
+    sensitivity: bool,
+    as_json: bool,
+    out: Path | None,
 ) -> dict[str, Any]:
     """What options of ``plan`` ask for: shown unless ``as_json``, drawn into ``out``, and returned as plain data."""
     document: dict[str, Any] = {}
@@ -117,11 +137,11 @@ def plan_answers(
     figures: dict[str, Figure] = {}
     with progress() as on_message:
         if why_not:
-            _why_not(setting, why_not, document, tables, figures, out is not None)
+            _why_not(setting, space, why_not, document, tables, figures, out is not None)
         if pareto:
-            _pareto(setting, title, document, tables, figures, out is not None, on_message)
+            _pareto(setting, space, title, document, tables, figures, out is not None, on_message)
         if sensitivity:
-            _sensitivity(setting, document, tables, figures, out is not None, on_message)
+            _sensitivity(setting, space, document, tables, figures, out is not None, on_message)
     if not as_json and tables:
         show(*[part for table in tables for part in (table, "")][:-1])
     if out is not None and document:
@@ -130,8 +150,9 @@ def plan_answers(
 
 
 def _why_not(
-    setting: Setting, slug: str, document: dict[str, Any], tables: list[Any], figures: dict[str, Figure], draw: bool
-) -> None:
+    setting: Setting, space: Space, slug: str, document: dict[str, Any], tables: list[Any],
+    figures: dict[str, Figure], draw: bool,
+) -> None:  # fmt: skip
     from autopar.cli.answers_json import why_not_json
     from autopar.report.answer_tables import why_not_table
     from autopar.search.exhaustive import search
@@ -139,7 +160,7 @@ def _why_not(
     from autopar.search.why_not import why_not as ask
 
     plan = whole_slug(slug, setting.cluster.world_size)
-    answer = ask(setting, plan, search(setting, top=RANKED))
+    answer = ask(setting, plan, search(setting, top=RANKED, space=space))
     document["why_not"] = why_not_json(answer)
     tables.append(why_not_table(answer, width=terminal_width()))
     if draw and answer.estimate is not None and answer.plan != answer.best.plan:
@@ -149,14 +170,14 @@ def _why_not(
 
 
 def _pareto(
-    setting: Setting, title: str, document: dict[str, Any], tables: list[Any], figures: dict[str, Figure], draw: bool,
-    on_message: Any,
+    setting: Setting, space: Space, title: str, document: dict[str, Any], tables: list[Any],
+    figures: dict[str, Figure], draw: bool, on_message: Any,
 ) -> None:  # fmt: skip
     from autopar.cli.answers_json import front_json
     from autopar.report.answer_tables import front_table
     from autopar.search.pareto import pareto_front
 
-    front = pareto_front(setting, on_size=lambda done, of: on_message(_part("cluster sizes", done, of)))
+    front = pareto_front(setting, space=space, on_size=lambda done, of: on_message(_part("cluster sizes", done, of)))
     document["pareto"] = front_json(front)
     tables.append(front_table(front, width=terminal_width(), title=title))
     if draw:
@@ -166,14 +187,14 @@ def _pareto(
 
 
 def _sensitivity(
-    setting: Setting, document: dict[str, Any], tables: list[Any], figures: dict[str, Figure], draw: bool,
-    on_message: Any,
+    setting: Setting, space: Space, document: dict[str, Any], tables: list[Any], figures: dict[str, Figure],
+    draw: bool, on_message: Any,
 ) -> None:  # fmt: skip
     from autopar.cli.answers_json import sensitivity_json
     from autopar.report.binding_tables import sensitivity_table
     from autopar.validate.sensitivity import sensitivity as judge
 
-    answer = judge(setting, on_trial=lambda done, of: on_message(_part("fitted numbers", done, of)))
+    answer = judge(setting, space=space, on_trial=lambda done, of: on_message(_part("fitted numbers", done, of)))
     document["sensitivity"] = sensitivity_json(answer)
     tables.append(sensitivity_table(answer, width=terminal_width()))
     if draw:

@@ -37,6 +37,7 @@ SeqLen = Annotated[int, typer.Option("--seq-len", min=1, help="Tokens per sequen
 PrecisionOption = Annotated[Precision, typer.Option(help="Type of weights and activations.")]
 OptimizerOption = Annotated[Optimizer, typer.Option(help="Update rule.")]
 StackOption = Annotated[str, typer.Option("--stack", help="Training software that the estimate assumes.")]
+Offload = Annotated[bool, typer.Option(help="Consider optimizer state in host memory.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
 OutOption = Annotated[Path | None, typer.Option("-o", "--out", help="Folder for files.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; auto takes CUDA where it is.")]

@@ -14,6 +14,7 @@ from autopar.cli.common import (
     ClusterOption,
     JsonFlag,
     Model,
+    Offload,
     OptimizerOption,
     OutOption,
     PrecisionOption,
@@ -48,7 +49,7 @@ def plan(
     all_variants: Annotated[
         bool, typer.Option("--all-variants", help="Raw ranks, also of plans with the same degrees and sharding.")
     ] = False,
-    offload: Annotated[bool, typer.Option(help="Consider optimizer state in host memory.")] = True,
+    offload: Offload = True,
     why_not: Annotated[
         str, typer.Option("--why-not", metavar="PLAN", help="Say why this plan is not the answer.")
     ] = "",
@@ -84,14 +85,15 @@ def plan(
 
     spec, setting = setting_of(model, cluster, global_batch, seq_len, precision, optimizer, stack)
     title, more = f"{spec.name} on {cluster}", {}
-    result = search(setting, top=top, space=Space(offload=offload), distinct=not all_variants)
+    space = Space(offload=offload)
+    result = search(setting, top=top, space=space, distinct=not all_variants)
     best = result.best[0]
     asked = bool(why_not) or pareto or sensitivity
     if asked:
         from autopar.cli.answers import plan_answers
 
         more = plan_answers(
-            setting, title, pareto=pareto, why_not=why_not, sensitivity=sensitivity, as_json=as_json, out=out
+            setting, space, title, pareto=pareto, why_not=why_not, sensitivity=sensitivity, as_json=as_json, out=out
         )
     if as_json:
         plans = [{"rank": i + 1, **estimate_json(e), "reason": reason(e, best)} for i, e in enumerate(result.best)]

@@ -119,7 +119,7 @@ def comparison_table(found: StrategyComparison, *, width: int = 120, title: str 
         terminal_table(
             map_columns(found),
             width,
-            title="Best step by tp and pp, whatever the rest (2x mem: needs twice the memory)",
+            title="Best step by tp and pp (2x mem: twice a device's memory)",
         ),
         Text(),
         Text(f"{found.considered:,} plans on the whole cluster."),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from autopar.estimate import Estimate, Setting, estimate
 from autopar.plan import Plan
-from autopar.search.answers import best_of
+from autopar.search.obstacle import best_of
 from autopar.search.resources import RATES, Resource, improved
 from autopar.search.space import Space
 

@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate import Estimate, Setting, estimate
 from autopar.estimate.arrays import Bools
-from autopar.search.answers import obstacle_of
 from autopar.search.exhaustive import search
+from autopar.search.obstacle import obstacle_of
 from autopar.search.space import Space, divisors
 from costmodels.hardware import Cluster
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from autopar.estimate import Estimate, Setting
 from autopar.plan import Recompute
-from autopar.search.answers import Obstacle, best_or_obstacle, with_degrees
+from autopar.search.obstacle import Obstacle, best_or_obstacle, with_degrees
 from autopar.search.pareto import part_of
 from autopar.search.space import Space, cores_of, decisions, divisors, number_of_plans
 from costmodels.hardware import Cluster

@@ -12,6 +12,7 @@ from autopar.plan import Plan
 from autopar.search.answers import best_of, top_answers
 from autopar.search.distinct import distinct_key
 from autopar.search.neighbours import neighbours
+from autopar.search.obstacle import best_of
 from autopar.search.space import Space
 from autopar.search.why_not import forbidden
 from autopar.validate.doubts import Doubt, doubts

@@ -9,9 +9,9 @@ import pytest
 
 from autopar.estimate import Estimate, Setting, estimate
 from autopar.plan import Recompute, violations
-from autopar.search.answers import Obstacle, best_or_obstacle, top_answers, with_degrees
 from autopar.search.distinct import distinct_key
 from autopar.search.exhaustive import search
+from autopar.search.obstacle import Obstacle, best_or_obstacle, with_degrees
 from autopar.search.space import Space, enumerate_plans
 from autopar.search.strategies import cells, compare_strategies, scaling_sizes, strategies, thumb
 from costmodels.hardware import load_cluster
@@ -98,12 +98,11 @@ def test_sizes_grow_to_the_whole_cluster(setting: Setting) -> None:
 
 
 def test_top_answers_really_differ(setting: Setting, prices: list[Estimate]) -> None:
-    raw = top_answers(setting, top=5, all_variants=True, space=SMALL)
-    assert raw.best == search(setting, top=5, space=SMALL).best
-    answers = top_answers(setting, top=5, space=SMALL).best
+    raw = search(setting, top=5, space=SMALL)
+    answers = search(setting, top=5, space=SMALL, distinct=True).best
     keys = [distinct_key(e.plan) for e in answers]
     assert len(set(keys)) == len(keys) == 5 and answers[0] == raw.best[0]
     ranked = sorted(prices, key=lambda e: (e.step_s, e.memory_bytes, e.plan.slug))
     expected = list(dict.fromkeys(distinct_key(e.plan) for e in ranked))
     assert keys == expected[:5]
-    assert len(top_answers(setting, top=1000, space=SMALL).best) == len(expected)
+    assert len(search(setting, top=1000, space=SMALL, distinct=True).best) == len(expected)
