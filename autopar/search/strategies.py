@@ -60,8 +60,9 @@ def strategies(setting: Setting, space: Space | None = None) -> tuple[Strategy, 
 def thumb(setting: Setting, space: Space | None = None) -> Estimate | Obstacle:
     """The best plan that follows the rule of thumb.
 
-    tp is the most that a node allows and heads divide into, cp 1, pp the least with which such a plan fits: without
-    full recomputation if any pp allows that (as recipes have it since Korthikanti et al. 2022), else with it.
+    tp is the most that a node allows and heads divide into, cp 1, pp the least with which such a plan fits with its
+    optimizer on the device: without full recomputation if any pp allows that (as recipes have it since Korthikanti et
+    al. 2022), else with it.
     """
     last: Estimate | Obstacle | None = None
     for part in _thumb_spaces(setting, space or Space()):
@@ -84,7 +85,7 @@ def _thumb_spaces(setting: Setting, space: Space) -> Iterator[Space]:
     for recompute, partial in ((keeps, False), (space.recompute, space.partial_recompute)):
         for pp in divisors(world // tp):
             if recompute and pp <= setting.graph.num_blocks:
-                fixed = dataclasses.replace(space, recompute=recompute, partial_recompute=partial)
+                fixed = dataclasses.replace(space, recompute=recompute, partial_recompute=partial, offload=False)
                 yield with_degrees(fixed, {"tp": (tp,), "pp": (pp,), "cp": (1,)})
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from autopar.estimate import Estimate, Setting, estimate, estimate_many, to_arrays
 from autopar.plan import Plan
-from autopar.search.answers import best_of, top_answers
 from autopar.search.distinct import distinct_key
+from autopar.search.exhaustive import search
 from autopar.search.neighbours import neighbours
 from autopar.search.obstacle import best_of
 from autopar.search.space import Space
@@ -124,7 +124,7 @@ def sensitivity(
         space: of all searches.
         on_trial: told (trials done, of how many) before each.
     """
-    answers = top_answers(setting, top=ANSWERS, space=space).best
+    answers = search(setting, top=ANSWERS, space=space, distinct=True).best
     chosen, runner_up = answers[0], answers[1] if len(answers) > 1 else None
     moving = _moving(setting, [answer.plan for answer in answers])
     cases = [(doubt, factor) for doubt in moving for factor in (1 + error, 1 - error)]

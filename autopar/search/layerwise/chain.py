@@ -41,7 +41,7 @@ class Chain:
     @property
     def num_strategies(self) -> int:
         """Strategies of every layer."""
-        return self.time.shape[1]
+        return int(self.time.shape[1])
 
     def totals(self, choice: Ints) -> tuple[float, float]:
         """(cost, memory) of one strategy per layer, each the correctly rounded sum."""
