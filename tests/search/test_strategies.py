@@ -63,7 +63,7 @@ def test_the_rule_of_thumb(setting_of: Callable[..., Setting]) -> None:
     assert isinstance(found, Estimate)
     layout = found.plan.layout
     assert (layout.tp, layout.cp) == (8, 1) and found.plan.recompute is not Recompute.FULL
-    keeps = Space(recompute=(Recompute.NONE, Recompute.SELECTIVE))
+    keeps = Space(recompute=(Recompute.NONE, Recompute.SELECTIVE), offload=False)
     for pp in (1, 2, 4):
         part = best_or_obstacle(setting, with_degrees(keeps, {"tp": (8,), "cp": (1,), "pp": (pp,)}))
         assert isinstance(part, Obstacle) is (pp < layout.pp)
