@@ -116,9 +116,10 @@ def test_profile_and_search_lines(sample_profile: MachineProfile, sample_search:
     text = " ".join(" ".join(drawn(profile_table(sample_profile, width=80), 80)).split())
     assert "4 ranks on 2 cores" in text and "matmul" in text and "15.2%" in text
     line = search_line(sample_search)
-    assert f"{sample_search.considered} plans considered, {sample_search.feasible} feasible" in line
-    for reason, number in sample_search.rejected.items():
-        assert f"{number} by {reason}" in line
+    assert f"{sample_search.considered:,} plans considered, {sample_search.priced:,} priced one by one" in line
+    assert f"{sample_search.feasible:,} of these fit" in line
+    for number in sample_search.rejected.values():
+        assert f" {number:,} " in line
 
 
 def test_least_important_columns_go_first() -> None:
