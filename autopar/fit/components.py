@@ -45,12 +45,22 @@ def patched_cluster(cluster: Cluster, base: Components, trial: Components) -> Cl
     known = fabric in trial.fabrics
     old_network = base.fabrics[fabric] if known else old.network_link
     new_network = trial.fabrics[fabric] if known else new.network_link
+    levels = tuple(
+        dataclasses.replace(level, link=patched(level.link, trial_of(base, level.link), trial_of(trial, level.link)))
+        for level in cluster.levels
+    )
     return dataclasses.replace(
         cluster,
+        levels=levels,
         device=patched(cluster.device, old.device, new.device),
         node_link=patched(cluster.node_link, old.node_link, new.node_link),
         network_link=patched(cluster.network_link, old_network, new_network),
     )
+
+
+def trial_of(components: Components, link: Link) -> Link:
+    """The shipped network of a link's name; the link itself where it is none."""
+    return components.fabrics.get(link.name, link)
 
 
 def patched(record: Item, old: Any, new: Any) -> Item:

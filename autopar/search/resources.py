@@ -29,10 +29,10 @@ RATES = tuple(resource for resource in Resource if resource is not Resource.MEMO
 def improved(setting: Setting, resource: Resource, factor: float) -> Setting:
     """The setting with one resource ``factor`` times as good, everything else as it is.
 
-    Compute: FLOP/s of every precision. Links: bandwidth, and latencies that many times shorter; measured curves of
-    collectives likewise, by the level on which their groups lie. Launches: host seconds per kernel, per call and per
-    step, and the start of each kernel on the device. Host: bandwidth of its memory and of the link to it, where state
-    is offloaded; nothing where the device names no host.
+    Compute: FLOP/s of every precision. Links: bandwidth, and latencies that many times shorter, the network's on all of
+    its levels; measured curves of collectives likewise, by whether their groups lie in a domain. Launches: host seconds
+    per kernel, per call and per step, and the start of each kernel on the device. Host: bandwidth of its memory and of
+    the link to it, where state is offloaded; nothing where the device names no host.
     """
     cluster, device = setting.cluster, setting.cluster.device
     if resource is Resource.COMPUTE:
@@ -53,7 +53,9 @@ def improved(setting: Setting, resource: Resource, factor: float) -> Setting:
         changed = dataclasses.replace(cluster, node_link=_faster(cluster.node_link, factor), curves=curves)
     elif resource is Resource.NETWORK_LINK:
         curves = _curves(cluster, factor, inside=False)
-        changed = dataclasses.replace(cluster, network_link=_faster(cluster.network_link, factor), curves=curves)
+        levels = tuple(dataclasses.replace(level, link=_faster(level.link, factor)) for level in cluster.levels)
+        network = _faster(cluster.network_link, factor)
+        changed = dataclasses.replace(cluster, network_link=network, levels=levels, curves=curves)
     else:
         return _faster_launches(setting, factor)
     return dataclasses.replace(setting, cluster=changed)

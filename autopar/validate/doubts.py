@@ -97,8 +97,8 @@ def enters(setting: Setting, changed: Setting) -> bool:
     """Whether two settings differ in anything that prices plans: a network only where there are several nodes."""
     one, other = setting.cluster, changed.cluster
     alone = one.world_size <= one.domain
-    machine = (one.device, one.node_link, None if alone else one.network_link)
-    changed_machine = (other.device, other.node_link, None if alone else other.network_link)
+    machine = (one.device, *(one.links[:1] if alone else one.links))
+    changed_machine = (other.device, *(other.links[:1] if alone else other.links))
     precision = setting.workload.precision
     narrow = precision is not precision.base
 
@@ -132,9 +132,9 @@ def _levels(setting: Setting, fitted: list[str]) -> Iterator[Doubt]:
         )
 
     def network(factor: float) -> Setting:
-        return dataclasses.replace(
-            setting, cluster=dataclasses.replace(cluster, network_link=_level(cluster.network_link, factor))
-        )
+        levels = tuple(dataclasses.replace(level, link=_level(level.link, factor)) for level in cluster.levels)
+        slower = dataclasses.replace(cluster, network_link=_level(cluster.network_link, factor), levels=levels)
+        return dataclasses.replace(setting, cluster=slower)
 
     def has(pattern: str) -> bool:
         return any(re.search(pattern, name) for name in fitted)

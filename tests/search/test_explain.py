@@ -113,3 +113,17 @@ def test_an_improvement_changes_one_resource_alone(resource: Resource, factor: f
     assert back.cluster.node_link.latency == pytest.approx(setting.cluster.node_link.latency)
     assert (changed.cluster.node_link == setting.cluster.node_link) is (resource is not Resource.NODE_LINK)
     assert (changed.stack == setting.stack) is (resource is not Resource.LAUNCHES)
+
+
+def test_every_level_of_the_network_is_improved(tmp_path) -> None:
+    from costmodels.hardware import load_cluster
+    from costmodels.stack import load_stack
+
+    path = tmp_path / "cluster.toml"
+    path.write_text('device = "h100"\nnum_nodes = 16\n[[level]]\nname = "spine"\nnodes = 4\noversubscription = 2.0\n')
+    setting = Setting(graph=None, workload=None, cluster=load_cluster(str(path)), stack=load_stack("megatron-core"))  # type: ignore[arg-type]
+    assert setting.cluster.levels
+    changed = improved(setting, Resource.NETWORK_LINK, 1.1).cluster
+    for before, after in zip(setting.cluster.links[1:], changed.links[1:], strict=True):
+        assert after.bandwidth == pytest.approx(1.1 * before.bandwidth)
+    assert changed.links[0] == setting.cluster.links[0]
