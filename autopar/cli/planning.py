@@ -24,6 +24,8 @@ from autopar.cli.common import (
     show,
     terminal_width,
 )  # fmt: skip
+from autopar.cli.mixed import mixed_setting_of, plan_mixed
+from autopar.errors import InputError
 from autopar.workload import Optimizer, Precision
 
 
@@ -57,6 +59,12 @@ def plan(
     from autopar.search.answers import top_answers
     from autopar.search.reason import reason
 
+    mixed = mixed_setting_of(model, cluster, global_batch, seq_len, precision, optimizer, stack)
+    if mixed is not None:
+        if why_not or pareto or sensitivity or all_variants:
+            raise InputError(f"{cluster} is a mixed cluster: its plans are ranked without further options")
+        plan_mixed(mixed[1], top=top, as_json=as_json, out=out, title=f"{mixed[0].name} on {cluster}")
+        return
     spec, setting = setting_of(model, cluster, global_batch, seq_len, precision, optimizer, stack)
     title, more = f"{spec.name} on {cluster}", {}
     result = top_answers(setting, top=top, all_variants=all_variants)

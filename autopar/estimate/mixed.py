@@ -99,13 +99,13 @@ def stage_table(setting: Setting, plan: Plan) -> RankWork:
     return _row_work(setting, [plan], counts)
 
 
-def stage_seconds(setting: Setting, plans: Sequence[Plan], rows: Ints) -> tuple[Floats, Floats]:
-    """Seconds of a microbatch's forward and backward, waiting for launches left out, [plans, rows] each."""
+def stage_seconds(setting: Setting, plans: Sequence[Plan], rows: Ints) -> tuple[Floats, Floats, Floats]:
+    """Seconds of a microbatch's forward and backward on the device, and of waiting for launches, [plans, rows] each."""
     work = _row_work(setting, plans, stage_rows(setting.graph).counts[rows])
-    shape = (len(plans), len(rows))
     forward = work.forward + work.forward_communication
     backward = work.backward + work.recompute + work.backward_communication
-    return forward.reshape(shape), backward.reshape(shape)
+    whole, back, stall = (x.reshape(len(plans), len(rows)) for x in (forward, backward, work.stall))
+    return whole, back, stall
 
 
 def _row_work(setting: Setting, plans: Sequence[Plan], counts: Floats) -> RankWork:

@@ -59,6 +59,10 @@ OPTION_REASONS = ("query heads", "key-value heads", "sequence")
 """Reasons against a segment, in the order in which they count."""
 
 
+LAUNCH_BOUND = 1.02
+"""Blocks that take this much longer by waiting for launches are bounded with it, and the ends of the model without."""
+
+
 def microbatch_sizes(setting: MixedSetting, space: MixedSpace) -> tuple[int, ...]:
     """Sequences of a forward pass: divisors of the batch."""
     return tuple(d for d in divisors(setting.workload.global_batch) if d <= space.max_microbatch)
@@ -291,8 +295,8 @@ def _segment_seconds(
 def _block_seconds(
     setting: MixedSetting, space: MixedSpace, island: int
 ) -> dict[tuple[int, int, Recompute, int, bool], tuple[float, float, float, float]]:
-    """Of an island by (tp, cp, recomputation, microbatch, sp), waiting for launches left out: seconds of the quickest
-    block, of what the first and the last stage have beside blocks, and the least share that is backward.
+    """Of an island by (tp, cp, recomputation, microbatch, sp): seconds of the quickest block, of what the first and the
+    last stage have beside blocks at least, and the least share that is backward.
     """
     size = setting.cluster.islands[island].world_size
     keys = [
@@ -312,14 +316,19 @@ def _block_seconds(
     ]
     row, total = stage_rows(setting.graph).row, setting.graph.num_blocks
     if total < 3:
-        forward, backward = stage_seconds(setting.islands[island], plans, np.asarray([row[0, total]]))
+        forward, backward, _ = stage_seconds(setting.islands[island], plans, np.asarray([row[0, total]]))
         whole = (forward + backward)[:, 0]
         return {key: (seconds / 1e6, 0.0, 0.0, 0.0) for key, seconds in zip(keys, whole.tolist(), strict=True)}
     wanted = [row[0, 1], row[total - 1, total], *sorted({int(row[i, i + 1]) for i in range(1, total - 1)})]
-    forward, backward = stage_seconds(setting.islands[island], plans, np.asarray(wanted))
+    forward, backward, stall = stage_seconds(setting.islands[island], plans, np.asarray(wanted))
     found, share = forward + backward, (backward / (forward + backward)).min(axis=1)
     middle, most = found[:, 2:].min(axis=1), found[:, 2:].max(axis=1)
     first, last = np.maximum(found[:, 0] - most, 0.0), np.maximum(found[:, 1] - most, 0.0)
+    # Device seconds add up, ends included. Blocks that wait for launches do so too, but then ends may hide.
+    waiting = (found + stall)[:, 2:].min(axis=1)
+    waits = waiting > LAUNCH_BOUND * middle
+    middle, share = np.where(waits, waiting, middle), np.where(waits, np.minimum(share, 2 / 3), share)
+    first, last = np.where(waits, 0.0, first), np.where(waits, 0.0, last)
     return dict(zip(keys, zip(*(x.tolist() for x in (middle, first, last, share)), strict=True), strict=True))
 
 
