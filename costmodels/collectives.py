@@ -219,7 +219,10 @@ def _domain_seconds(kind: str, local: Any, size: Any, link: Link, algorithms: Ma
 
 
 def _all_to_all_seconds(links: Sequence[Link], members: Sequence[Any], size: Any, total: Any) -> Any:
-    starts, waits, moved, below = 0.0, 0.0, 0.0, np.ones_like(total)
+    starts: Any = 0.0
+    waits: Any = 0.0
+    moved: Any = 0.0
+    below = np.ones_like(total)
     for i, (link, count) in enumerate(zip(links, members, strict=True)):
         here = (count - 1) * below
         starts = starts + np.where(count > 1, link.base_latency, 0.0)

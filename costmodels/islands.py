@@ -44,8 +44,8 @@ class MixedCluster:
 
     def __post_init__(self) -> None:
         names = [island.name for island in self.islands]
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise InputError(f"cluster {self.name}: islands are {names}; give two or more, each with its own name")
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"cluster {self.name}: islands are {names}; give one or more, each with its own name")
 
     @property
     def world_size(self) -> int:
@@ -128,6 +128,15 @@ def load_hardware(text: str) -> Cluster | MixedCluster:
     if on_one_network and all(dataclasses.replace(island, **alike) == whole for island in islands):  # type: ignore[arg-type]
         return whole
     return MixedCluster(name=spec.name, islands=islands, between=between)
+
+
+def load_uniform(text: str) -> Cluster:
+    """As ``load_hardware``, for what takes equal devices. Raises InputError for a mixed cluster."""
+    found = load_hardware(text)
+    if isinstance(found, MixedCluster):
+        names = ", ".join(island.name for island in found.islands)
+        raise InputError(f"{text} has islands of unlike devices ({names}): this takes one kind; autopar plan takes all")
+    return found
 
 
 def _island(group: Mapping[str, Any], index: int, where: str) -> Cluster:

@@ -63,12 +63,12 @@ def setting_of(
     from autopar.model.build import build_graph
     from autopar.model.load import load_model
     from autopar.workload import Workload
-    from costmodels.hardware import load_cluster
+    from costmodels.islands import load_uniform
     from costmodels.stack import load_stack
 
     spec = load_model(model)
     workload = Workload(global_batch=batch, seq_len=seq_len, precision=precision, optimizer=optimizer)
-    hardware = load_cluster(cluster)
+    hardware = load_uniform(cluster)
     hardware.device.peak(precision.value)
     graph = build_graph(spec, seq_len=seq_len, precision=precision)
     return spec, Setting(graph=graph, workload=workload, cluster=hardware, stack=load_stack(stack))

@@ -27,6 +27,7 @@ from autopar.cli.common import (
     show,
     terminal_width,
 )  # fmt: skip
+from autopar.cli.mixed import mixed_setting_of, plan_mixed
 from autopar.errors import InputError
 from autopar.workload import Optimizer, Precision
 
@@ -83,6 +84,12 @@ def plan(
     from autopar.search.reason import reason
     from autopar.search.space import Space
 
+    mixed = mixed_setting_of(model, cluster, global_batch, seq_len, precision, optimizer, stack)
+    if mixed is not None:
+        if why_not or pareto or sensitivity or all_variants:
+            raise InputError(f"{cluster} is a mixed cluster: its plans are ranked without further options")
+        plan_mixed(mixed[1], top=top, as_json=as_json, out=out, title=f"{mixed[0].name} on {cluster}")
+        return
     spec, setting = setting_of(model, cluster, global_batch, seq_len, precision, optimizer, stack)
     title, more = f"{spec.name} on {cluster}", {}
     space = Space(offload=offload)

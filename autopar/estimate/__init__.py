@@ -199,6 +199,6 @@ def _useful_flops(graph: OpGraph) -> float:
 def _assumptions(setting: Setting) -> tuple[str, ...]:
     cluster, stack = setting.cluster, setting.stack
     sources = [(f"device {cluster.device.name}", cluster.device.origins)]
-    sources += [(f"link {link.name}", link.origins) for link in (cluster.node_link, cluster.network_link)]
+    sources += [(f"link {link.name}", link.origins) for link in cluster.links]
     sources.append((f"stack {stack.name}", stack.origins))
     return tuple(f"{owner}: {name}: {origin}" for owner, origins in sources for name, origin in origins.items())

@@ -11,7 +11,7 @@ import numpy as np
 from autopar.estimate.setting import Setting
 from autopar.shard import Collective, Degrees
 from costmodels.collectives import collective_seconds
-from costmodels.hardware import group_span
+from costmodels.hardware import level_counts
 
 
 def merged(collectives: Iterable[Collective]) -> list[Collective]:
@@ -47,17 +47,24 @@ def dispatch_seconds(setting: Setting, collective: Collective, degrees: Degrees)
     Of the rows that leave a rank, (l-1)/N stay in its node and (N-l)/N cross the network (l ranks per node, k nodes,
     N in all). A dispatcher that sends a token to a node once divides the crossing rows by the mean number of a
     token's experts per node that has any, e / (k (1 - (1 - 1/k)^e)) of e experts a token, and hands them on inside the
-    node, where (l-1)/l of all rows pass (DeepSeek-V3 2024, DeepEP).
+    node, where (l-1)/l of all rows pass (DeepSeek-V3 2024, DeepEP). Of further levels of the network each carries the
+    rows that leave its groups, as the network those that leave a node; the slowest counts.
     """
     cluster, habits = setting.cluster, setting.stack.experts
     ranks, stride = np.asarray(degrees.ep, dtype=float), np.asarray(degrees.etp, dtype=float)
-    local, nodes = group_span(ranks, stride, cluster.domain)
+    local, *counts = level_counts(cluster, ranks, stride)
     size = np.asarray(collective.num_bytes, dtype=float) * habits.dispatch_bytes / setting.graph.itemsize
     chosen = max(setting.graph.top_k, 1)
-    once = nodes * (1 - (1 - 1 / nodes) ** chosen) / chosen if habits.deduplicates else 1.0
-    inner, outer = cluster.node_link, cluster.network_link
+    inner = cluster.node_link
     near = local if habits.deduplicates else ranks
     inside = size * (local - 1) / near / (inner.speed * habits.bandwidth_share)
-    across = size * (ranks - local) / ranks * np.minimum(once, 1.0) / (outer.speed * habits.network_share)
-    latency = np.where(ranks > 1, inner.latency, 0.0) + np.where(nodes > 1, outer.latency, 0.0)
+    latency = np.where(ranks > 1, inner.latency, 0.0)
+    across, below = np.zeros_like(inside), local
+    for link, count in zip(cluster.links[1:], counts, strict=True):
+        groups = -(-ranks // below)
+        once = groups * (1 - (1 - 1 / groups) ** chosen) / chosen if habits.deduplicates else 1.0
+        leaving = size * (ranks - below) / ranks * np.minimum(once, 1.0) / (link.speed * habits.network_share)
+        across = np.maximum(across, np.where(ranks > below, leaving, 0.0))
+        latency = latency + np.where(count > 1, link.latency, 0.0)
+        below = below * count
     return np.where(np.asarray(collective.count) > 0, latency + np.maximum(inside, across), 0.0)

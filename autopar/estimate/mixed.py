@@ -86,7 +86,7 @@ def stage_rows(graph: OpGraph) -> StageRows:
 def rows_of(graph: OpGraph, splits: Sequence[Sequence[int]]) -> Ints:
     """Rows of the stages of splits, [splits, stages]."""
     bounds = np.concatenate([np.zeros((len(splits), 1), dtype=np.int64), np.cumsum(splits, axis=1)], axis=1)
-    return stage_rows(graph).row[bounds[:, :-1], bounds[:, 1:]]
+    return np.asarray(stage_rows(graph).row[bounds[:, :-1], bounds[:, 1:]])
 
 
 @lru_cache(maxsize=2048)
@@ -99,13 +99,13 @@ def stage_table(setting: Setting, plan: Plan) -> RankWork:
     return _row_work(setting, [plan], counts)
 
 
-def stage_seconds(setting: Setting, plans: Sequence[Plan], rows: Ints) -> tuple[Floats, Floats]:
-    """Seconds of a microbatch's forward and backward, waiting for launches left out, [plans, rows] each."""
+def stage_seconds(setting: Setting, plans: Sequence[Plan], rows: Ints) -> tuple[Floats, Floats, Floats]:
+    """Seconds of a microbatch's forward and backward on the device, and of waiting for launches, [plans, rows] each."""
     work = _row_work(setting, plans, stage_rows(setting.graph).counts[rows])
-    shape = (len(plans), len(rows))
     forward = work.forward + work.forward_communication
     backward = work.backward + work.recompute + work.backward_communication
-    return forward.reshape(shape), backward.reshape(shape)
+    whole, back, stall = (x.reshape(len(plans), len(rows)) for x in (forward, backward, work.stall))
+    return whole, back, stall
 
 
 def _row_work(setting: Setting, plans: Sequence[Plan], counts: Floats) -> RankWork:
@@ -305,5 +305,8 @@ def _assembled(setting: MixedSetting, line: Line, shared: Shared, rows: Ints, pl
     )
     work = RankWork(**columns, place=place)
     dressed = [with_overheads(work, p, setting.stack) for p in plans]
-    merged = {n: _columns([getattr(w, n) for w in dressed], line.segment_of_stage) for n in ("forward", "backward")}
-    return dataclasses.replace(work, **merged)
+    return dataclasses.replace(
+        work,
+        forward=_columns([w.forward for w in dressed], line.segment_of_stage),
+        backward=_columns([w.backward for w in dressed], line.segment_of_stage),
+    )

@@ -5,9 +5,9 @@ Minimise over strategies s_l of the layers l and the number m of microbatches (M
 
     sum_l time[l, s_l] + sum_l m reshard(s_l, s_l+1)   subject to   sum_l memory[l, s_l] <= limit,
 
-which ``layerwise.solve`` does exactly (``_tables`` makes ``time`` and ``memory``, ``reshard_seconds`` transitions).
-A strategy is (tp, ZeRO stage, recompute) on N ranks, N / tp of which are data parallel; all layers take part in the same
-microbatches, of which each data parallel rank of a layer computes its share, so that every share must be whole.
+which ``layerwise.solve`` does exactly (times and memories are ``_tables``, transitions ``reshard_seconds``).
+A strategy is (tp, ZeRO stage, recompute) on N ranks, N / tp of which are data parallel; all layers take part in the
+same microbatches, of which each data parallel rank of a layer computes its share, so that every share must be whole.
 
 The prices of layers are those that ``estimate`` adds up. What the sum leaves out: launches that wait for a whole pass
 (each layer waits by itself), stragglers, the host's time per step, and working memory, of which the largest layer's is

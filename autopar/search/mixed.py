@@ -22,7 +22,8 @@ import numpy as np
 
 from autopar.errors import NoFeasiblePlan
 from autopar.estimate.mixed_result import MixedEstimate, estimate_mixed
-from autopar.estimate.mixed_setting import MixedSetting, Shared, shard_ranks
+from autopar.estimate.mixed_setting import MixedSetting, Shared, mixed_setting, shard_ranks
+from autopar.estimate.setting import Setting
 from autopar.mixed_plan import Line, MixedPlan, in_step
 from autopar.plan import even_split
 from autopar.search.mixed_family import Family, Share, best_of_family, families_of, family_bound, slowest
@@ -35,6 +36,7 @@ from autopar.search.mixed_space import (
     choices_of,
     replica_vectors,
 )
+from costmodels.islands import MixedCluster
 from costmodels.units import GIB
 
 REPEATED = "repeated"
@@ -88,6 +90,17 @@ class _Found:
         insort(self.ranked, (step_s, memory, plan.slug, plan), key=lambda row: row[:3])
         self.feasible += 1
         self.loosest = min(self.loosest, bound_s)
+
+
+def search_uneven_batch(setting: Setting, *, top: int = 10, space: MixedSpace | None = None) -> MixedSearchResult:
+    """Plans of equal devices whose replicas need not divide the batch: some take a microbatch more (7 devices, 32).
+
+    Raises:
+        NoFeasiblePlan: nothing fits.
+    """
+    cluster = setting.cluster
+    alone = MixedCluster(name=cluster.name, islands=(cluster,), between=cluster.links[-1])
+    return search_mixed(mixed_setting(setting.graph, setting.workload, alone, setting.stack), top=top, space=space)
 
 
 def search_mixed(setting: MixedSetting, *, top: int = 10, space: MixedSpace | None = None) -> MixedSearchResult:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import permutations, product
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from autopar.estimate.mixed import stage_rows, stage_seconds, straggler_share
 from autopar.estimate.mixed_setting import MixedSetting, Shared
@@ -57,6 +57,10 @@ class MixedSpace:
 
 OPTION_REASONS = ("query heads", "key-value heads", "sequence")
 """Reasons against a segment, in the order in which they count."""
+
+
+LAUNCH_BOUND = 1.02
+"""Blocks that take this much longer by waiting for launches are bounded with it, and the ends of the model without."""
 
 
 def microbatch_sizes(setting: MixedSetting, space: MixedSpace) -> tuple[int, ...]:
@@ -130,7 +134,7 @@ class Choices:
             found &= np.asarray([segment.tp == 1 for segment in options], dtype=np.bool_)[self.segments[:, k]]
         return found
 
-    def least_seconds(self, num_microbatches: Floats) -> Floats:
+    def least_seconds(self, num_microbatches: ArrayLike) -> Floats:
         """A step takes at least this, [choices]: the bound of ``mixed_line`` for divisible blocks.
 
         For a pace T the sum over stages is least with the fastest stages full; sum and x T together are convex in T,
@@ -139,7 +143,7 @@ class Choices:
         m, p = np.asarray(num_microbatches), self.stages
         others = np.maximum(m - p, 0) + self.backward * (np.minimum(m, p) - 1)
         whole = self.ends + ((others[:, None] + self.used) * self.paces).min(axis=1)
-        return self.factor * np.maximum(m * self.pace, whole) + self.extra
+        return np.asarray(self.factor * np.maximum(m * self.pace, whole) + self.extra)
 
     def most_microbatches(self, seconds: float) -> NDArray[np.int64]:
         """A replica has at most so many if the step is to be within ``seconds``, [choices]; the inverse."""
@@ -243,13 +247,15 @@ def _bounds(
     stages = np.stack([found[grid[:, k]] for k, found in enumerate(depth)], axis=1)
     block = np.stack([c[:, 0] for c in chosen], axis=1)
     first, last = chosen[0][:, 1], chosen[-1][:, 2]
-    backward = np.min([c[:, 3] for c in chosen], axis=0)
+    backward: Floats = np.min([c[:, 3] for c in chosen], axis=0)
     blocks = setting.graph.num_blocks
     fastest = np.argsort(block, axis=1, kind="stable")
-    in_order, speeds = (np.take_along_axis(x, fastest, axis=1) for x in (stages, stages / block))
+    in_order: NDArray[np.int64] = np.take_along_axis(stages, fastest, axis=1)
+    speeds = np.take_along_axis(stages / block, fastest, axis=1)
     paces = blocks / np.cumsum(speeds, axis=1) * (1 - 1e-9)
     pace = _least_pace(blocks, stages, block, first, last)
-    return stages.sum(axis=1), pace, np.cumsum(in_order, axis=1), paces, first + last, backward
+    used: NDArray[np.int64] = np.cumsum(in_order, axis=1)
+    return stages.sum(axis=1), pace, used, paces, first + last, backward
 
 
 def _least_pace(num_blocks: int, stages: NDArray[np.int64], block: Floats, first: Floats, last: Floats) -> Floats:
@@ -291,8 +297,8 @@ def _segment_seconds(
 def _block_seconds(
     setting: MixedSetting, space: MixedSpace, island: int
 ) -> dict[tuple[int, int, Recompute, int, bool], tuple[float, float, float, float]]:
-    """Of an island by (tp, cp, recomputation, microbatch, sp), waiting for launches left out: seconds of the quickest
-    block, of what the first and the last stage have beside blocks, and the least share that is backward.
+    """Of an island by (tp, cp, recomputation, microbatch, sp): seconds of the quickest block, of what the first and the
+    last stage have beside blocks at least, and the least share that is backward.
     """
     size = setting.cluster.islands[island].world_size
     keys = [
@@ -312,14 +318,19 @@ def _block_seconds(
     ]
     row, total = stage_rows(setting.graph).row, setting.graph.num_blocks
     if total < 3:
-        forward, backward = stage_seconds(setting.islands[island], plans, np.asarray([row[0, total]]))
+        forward, backward, _ = stage_seconds(setting.islands[island], plans, np.asarray([row[0, total]]))
         whole = (forward + backward)[:, 0]
         return {key: (seconds / 1e6, 0.0, 0.0, 0.0) for key, seconds in zip(keys, whole.tolist(), strict=True)}
     wanted = [row[0, 1], row[total - 1, total], *sorted({int(row[i, i + 1]) for i in range(1, total - 1)})]
-    forward, backward = stage_seconds(setting.islands[island], plans, np.asarray(wanted))
+    forward, backward, stall = stage_seconds(setting.islands[island], plans, np.asarray(wanted))
     found, share = forward + backward, (backward / (forward + backward)).min(axis=1)
     middle, most = found[:, 2:].min(axis=1), found[:, 2:].max(axis=1)
     first, last = np.maximum(found[:, 0] - most, 0.0), np.maximum(found[:, 1] - most, 0.0)
+    # Device seconds add up, ends included. Blocks that wait for launches do so too, but then ends may hide.
+    waiting = (found + stall)[:, 2:].min(axis=1)
+    waits = waiting > LAUNCH_BOUND * middle
+    middle, share = np.where(waits, waiting, middle), np.where(waits, np.minimum(share, 2 / 3), share)
+    first, last = np.where(waits, 0.0, first), np.where(waits, 0.0, last)
     return dict(zip(keys, zip(*(x.tolist() for x in (middle, first, last, share)), strict=True), strict=True))
 
 
