@@ -13,8 +13,8 @@ from autopar.errors import InputError, NoFeasiblePlan
 from autopar.search.layerwise import solve
 from autopar.search.layerwise.chain import ROUNDING, chain_of
 from autopar.search.layerwise.hops import LONG_RUN, shortest_path
-from autopar.search.layerwise.peel import gathers, peel, proves, restore
 from autopar.search.layerwise.relaxation import path_of, relax
+from autopar.search.layerwise.rounds import gathers, peel, proves, restore
 
 
 def instance(kind, layers, strategies, seed):
@@ -101,6 +101,27 @@ def test_equals_brute_force(kind, layers, strategies, seed):
     assert found.cost == pytest.approx(best, rel=1e-11, abs=1e-12)
     assert found.bound == found.cost
     assert found.memory <= limit * (1 + ROUNDING)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_passes_and_short_runs_lose_nothing(kind, monkeypatch):
+    """Passes that thin out from two labels on, and runs that count as long from six layers on."""
+    monkeypatch.setattr("autopar.search.layerwise.exact.FIRST_WIDTH", 2)
+    monkeypatch.setattr("autopar.search.layerwise.hops.LONG_RUN", 6)
+    monkeypatch.setattr("autopar.search.layerwise.rounds.LONG_RUN", 6)
+    monkeypatch.setattr("autopar.search.layerwise.KEPT_LAYERS", (1, 2))
+    for seed in range(25):
+        time, memory, transition, random = instance(kind, 9, 3, seed)
+        if seed % 2 and transition.ndim == 2:
+            time[2:], memory[2:] = time[2], memory[2]
+        allowed = every_choice(time, memory, transition)
+        if not len(allowed):
+            continue
+        limit = np.quantile(allowed[:, 1], random.choice([0.001, 0.01, 0.1, 0.5]))
+        found = solve(time, memory, transition, limit)
+        best = allowed[allowed[:, 1] <= limit * (1 + ROUNDING), 0].min()
+        assert found.cost == pytest.approx(best, rel=1e-11)
+        assert found.bound == found.cost
 
 
 @pytest.mark.parametrize("kind", ["random", "integers", "correlated", "free moves", "alike"])

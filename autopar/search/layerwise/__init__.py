@@ -51,14 +51,14 @@ from autopar.errors import InputError, NoFeasiblePlan
 from autopar.search.layerwise.chain import ROUNDING, Chain, Ints, chain_of, grid
 from autopar.search.layerwise.exact import Solution, close_gap
 from autopar.search.layerwise.hops import shortest_path
-from autopar.search.layerwise.peel import peel, proves, restore
 from autopar.search.layerwise.relaxation import Path, Relaxation, path_of, relax
+from autopar.search.layerwise.rounds import peel, proves, restore
 
 __all__ = ["DEFAULT_EFFORT", "LayerwiseChoice", "solve"]
 
 DEFAULT_EFFORT = 20_000_000
 """Labels after which a search ends without proof: some seconds."""
-KEPT_LAYERS = (16, 64, 256)
+KEPT_LAYERS = (16, 48, 144)
 """Layers that stay in a long run for each cycle, in turn, until the short chain decides the long one."""
 
 
@@ -145,7 +145,7 @@ def _solve_tight(chain: Chain, limit: float, slack: float, light: Path, heavy: P
     if step:
         limit = step * math.floor(limit / step * (1 + ROUNDING))
     relaxation = relax(chain, limit, slack, light, heavy)
-    states = 0
+    best, states = relaxation.light, 0
     for keep in KEPT_LAYERS:
         shorter = peel(chain, limit, relaxation, keep)
         if shorter is None:
@@ -161,11 +161,9 @@ def _solve_tight(chain: Chain, limit: float, slack: float, light: Path, heavy: P
         rounding = 2 * ROUNDING * chain.magnitude(restored)[0]
         if proves(chain, limit, shorter, relaxation, path, rounding):
             return Solution(path=path, bound=path.cost, states=states)
-        if path.cost < relaxation.light.cost:
-            relaxation = Relaxation(
-                price=relaxation.price, bound=relaxation.bound, light=path, heavy=relaxation.heavy
-            )  # fmt: skip
-    found = close_gap(chain, limit, slack, relaxation, effort - states)
+        best = path if path.cost < best.cost else best
+    known = Relaxation(price=relaxation.price, bound=relaxation.bound, light=best, heavy=relaxation.heavy)
+    found = close_gap(chain, limit, slack, known, effort - states)
     return Solution(path=found.path, bound=found.bound, states=found.states + states)
 
 

@@ -106,10 +106,10 @@ def mirrored(chain: Chain) -> Chain:
 
 def grid(*arrays: Floats) -> int:
     """The largest integer of which every finite number is a multiple; 0 where some is no integer."""
-    divisor = 0
+    divisor: int = 0
     for array in arrays:
         finite = array[np.isfinite(array)]
         if (finite != np.floor(finite)).any() or np.abs(finite).max(initial=0.0) > 2.0**53:
             return 0
         divisor = math.gcd(divisor, int(np.gcd.reduce(finite.astype(np.int64), initial=0)))
-    return divisor
+    return int(divisor)

@@ -12,8 +12,10 @@ from autopar.search.layerwise.chain import Chain, Floats, Ints, without_layers
 from autopar.search.layerwise.hops import LONG_RUN, runs, shortest_path
 from autopar.search.layerwise.relaxation import Path, Relaxation
 
-PENALISED_PRICES = (0.0, 0.5, 0.75, 0.9, 0.97, 1.03, 1.1, 1.33, 2.0, 4.0)
-"""Prices, as multiples of the best one, at which a bound on the rounds of a cycle is sought."""
+PRICE_STEPS = (0.01, 0.003, 0.001, 0.0003, 0.03, 0.1, 0.3, 1.0)
+"""How far, relative to the best price, a price is moved to bound the rounds of a cycle, in the order of trying."""
+REFINEMENTS = 4
+"""Halvings of the distance to the neighbouring steps where none of the steps suffices."""
 
 Cycle = tuple[int, ...]
 
@@ -27,8 +29,10 @@ class Rounds:
         shorter_start, shorter_length: of what is left of the run, in the short chain.
         cycle: strategies in their order; one strategy repeats itself.
         number: rounds.
+        heavy: the cycle was met on the path above the limit.
     """
 
+    heavy: bool
     start: int
     shorter_start: int
     shorter_length: int
@@ -69,15 +73,17 @@ def peel(chain: Chain, limit: float, relaxation: Relaxation, keep: int) -> Peele
         if length < LONG_RUN:
             continue
         walks = [Counter(_cycles(path.choice[start : start + length])) for path in (light, heavy)]
-        frequent = dict.fromkeys(walk.most_common(1)[0][0] for walk in walks if walk)
+        frequent = {walk.most_common(1)[0][0]: walk is walks[1] for walk in walks if walk}
         room = length - 2
-        for cycle in frequent:
+        for cycle, is_heavy in frequent.items():
             expected = (1 - share) * walks[0][cycle] + share * walks[1][cycle]
             number = min(int(expected - keep / len(cycle)), room // len(cycle))
             if number <= 0:
                 continue
             before = start - int(np.count_nonzero(~kept[:start]))
-            taken.append(Rounds(start=start, shorter_start=before, shorter_length=0, cycle=cycle, number=number))
+            taken.append(
+                Rounds(heavy=is_heavy, start=start, shorter_start=before, shorter_length=0, cycle=cycle, number=number)
+            )
             room -= number * len(cycle)
             limit -= number * float(chain.memory[start, list(cycle)].sum())
         kept[start + room + 2 : start + length] = False
@@ -86,8 +92,8 @@ def peel(chain: Chain, limit: float, relaxation: Relaxation, keep: int) -> Peele
     left = {start: int(np.count_nonzero(kept[start : start + length])) for start, length in runs(chain)}
     rounds = tuple(
         Rounds(
-            start=one.start, shorter_start=one.shorter_start, shorter_length=left[one.start], cycle=one.cycle,
-            number=one.number,
+            heavy=one.heavy, start=one.start, shorter_start=one.shorter_start, shorter_length=left[one.start],
+            cycle=one.cycle, number=one.number,
         )
         for one in taken
     )  # fmt: skip
@@ -139,17 +145,39 @@ def proves(chain: Chain, limit: float, peeled: Peeled, relaxation: Relaxation, b
     Where a strategy that repeats itself can be ``gathered``, its layers count instead of its arcs: all but those at the
     run's two ends come together without cost, so q + 3 layers hold q + 1 neighbouring ones.
     """
-    passes: dict[tuple[int, Cycle], int] = {}
+    passes: dict[tuple[int, Cycle], tuple[int, bool]] = {}
     for rounds in peeled.rounds:
         if len(rounds.cycle) == 1 and gathers(chain.transition[rounds.start], rounds.cycle[0]):
-            passes[rounds.start, rounds.cycle] = rounds.number + 2
+            passes[rounds.start, rounds.cycle] = rounds.number + 2, rounds.heavy
             continue
         for arc in rounds.arcs:
-            passes[rounds.start, arc] = passes.get((rounds.start, arc), 0) + rounds.number
-    return all(
-        _bound_of_few(chain, limit, relaxation, start, counted, number, best.cost) >= best.cost - rounding
-        for (start, counted), number in passes.items()
-    )
+            before, _ = passes.get((rounds.start, arc), (0, False))
+            passes[rounds.start, arc] = before + rounds.number, rounds.heavy
+    enough = best.cost - rounding
+    for (start, counted), (number, heavy) in passes.items():
+        if not _reaches(chain, limit, relaxation.price, start, counted, number, enough, -1.0 if heavy else 1.0):
+            return False
+    return True
+
+
+def _reaches(
+    chain: Chain, limit: float, price: float, start: int, counted: Cycle, number: int, enough: float, sign: float
+) -> bool:
+    """Whether the bound of few passes reaches ``enough`` at some price: it is concave, so its top is near the best."""
+    bounds: dict[float, float] = {}
+
+    def reaches(step: float) -> bool:
+        bounds[step] = _bound_of_few(chain, limit, price * (1 + sign * step), start, counted, number)
+        return bounds[step] >= enough
+
+    if any(reaches(step) for step in PRICE_STEPS):
+        return True
+    ratio = 3.0
+    for _ in range(REFINEMENTS):
+        top, ratio = max(bounds, key=bounds.__getitem__), ratio**0.5
+        if any(reaches(step) for step in (top * ratio, top / ratio) if step < 1):
+            return True
+    return False
 
 
 def gathers(moves: Floats, strategy: int) -> bool:
@@ -161,34 +189,27 @@ def gathers(moves: Floats, strategy: int) -> bool:
     return bool((around >= moves + moves[strategy, strategy]).all())
 
 
-def _bound_of_few(
-    chain: Chain, limit: float, relaxation: Relaxation, start: int, counted: Cycle, number: int, enough: float
-) -> float:
+def _bound_of_few(chain: Chain, limit: float, price: float, start: int, counted: Cycle, number: int) -> float:
     """Lower bound on the cost of choices with at most ``number`` of what is counted in the run at ``start``.
 
-    ``counted`` is an arc, or a strategy whose layers count but for the run's first.
+    ``counted`` is an arc, or a strategy whose layers count but for the run's first. The penalty is what one of them
+    saves on average at this price: with it, paths that have many cost as much as those that have none.
     """
-    best, length = -np.inf, dict(runs(chain))[start]
-    for factor in PENALISED_PRICES:
-        price = factor * relaxation.price
-        priced = chain.time + price * chain.memory
-        value, choice = shortest_path(chain, priced)
-        run = choice[start : start + length]
-        hit = run[1:] == counted[-1]
-        if len(counted) == 2:
-            hit &= run[:-1] == counted[0]
-        used = int(np.count_nonzero(hit))
-        table = np.zeros((chain.num_strategies, chain.num_strategies))
-        where = counted if len(counted) == 2 else (slice(None), counted[0])
-        penalty = 0.0
-        if used:
-            # What one saves on average: with this penalty, paths with it cost as much as those without.
-            table[where] = np.inf
-            without, _ = shortest_path(chain, priced, {start: table})
-            penalty = max(min(without - value, abs(enough)) / used, 0.0)
-            table[where] = penalty
-            value, _ = shortest_path(chain, priced, {start: table})
-        best = max(best, value - penalty * number - price * limit)
-        if best > enough:
-            break
-    return best
+    length = dict(runs(chain))[start]
+    priced = chain.time + price * chain.memory
+    value, choice = shortest_path(chain, priced)
+    run = choice[start : start + length]
+    hit = run[1:] == counted[-1]
+    if len(counted) == 2:
+        hit &= run[:-1] == counted[0]
+    used = int(np.count_nonzero(hit))
+    if used <= number:
+        return value - price * limit
+    where = counted if len(counted) == 2 else (slice(None), counted[0])
+    table = np.zeros((chain.num_strategies, chain.num_strategies))
+    table[where] = np.inf
+    without, _ = shortest_path(chain, priced, {start: table})
+    penalty = (min(without, value + abs(value)) - value) / used
+    table[where] = penalty
+    value, _ = shortest_path(chain, priced, {start: table})
+    return value - penalty * number - price * limit
