@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from autopar.plan import Plan
 from autopar.report.names import TERM_LABELS, degrees_name, layout_name
 from autopar.report.numbers import percent, signed_percent, significant
 from autopar.report.plots.bars import ROW, finish_bars, stack_bars
@@ -51,13 +52,17 @@ def strategy_bars(found: StrategyComparison, title: str) -> Figure:
         notes = [_strategy_note(strategy, best) for strategy in rows]
         ends = [0.0 if price is None else price.step_s / scale for price in prices]
         labels = [
-            s.name if s.estimate is None else f"{s.name}\n{layout_name(s.estimate.plan)}" for s in rows
+            s.name if s.estimate is None else f"{s.name}\n{_plan_name(s.estimate.plan)}" for s in rows
         ]  # fmt: skip
         finish_bars(axes, labels, ends, notes, f"step time [{unit}]")
         axes.set_xlim(0, 1.34 * max(ends, default=1.0))
         lines = -(-len(axes.get_legend_handles_labels()[0]) // 4)
         axes.set_title(f"{title}: the best plan of each strategy", pad=10.0 + 17.5 * lines)
     return figure
+
+
+def _plan_name(plan: Plan) -> str:
+    return layout_name(plan) + (" offload" if plan.offload_optimizer else "")
 
 
 def _strategy_note(strategy: Strategy, best: float) -> str:
@@ -106,7 +111,7 @@ def _throughput(axes: Axes, points: Sequence[ScalePoint]) -> None:
 
     sizes = np.asarray([p.world_size for p in points], dtype=float)
     rate = np.asarray([p.best.tokens_per_s_per_gpu * p.world_size for p in points if p.best is not None])
-    axes.plot(sizes, rate[0] * sizes / sizes[0], color=GRID, linewidth=7.0, label="ideal", zorder=1)
+    axes.plot(sizes, rate[0] * sizes / sizes[0], color=GRID, linewidth=7.0, label="linear from the smallest", zorder=1)
     axes.plot(sizes, rate, color=ACCENT, marker="o", linewidth=2.0, label="best plan")
     thumbs = [p for p in points if p.thumb is not None]
     axes.plot(
