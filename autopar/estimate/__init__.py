@@ -7,6 +7,7 @@ the closed form is exact (tests/estimate); where ranks share processors it is no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,7 +32,17 @@ from autopar.graph import OpGraph
 from autopar.plan import Plan, Recompute, check_plan
 from autopar.shard import boundary_bytes
 
-__all__ = ["Costs", "Estimate", "PlanArrays", "Setting", "estimate", "estimate_many", "timeline", "to_arrays"]
+__all__ = [
+    "Costs",
+    "Estimate",
+    "PlanArrays",
+    "Setting",
+    "estimate",
+    "estimate_many",
+    "estimates",
+    "timeline",
+    "to_arrays",
+]
 
 AT_ONCE = 8192
 """Plans whose arrays stay in a processor's cache while they are priced."""
@@ -153,11 +164,22 @@ def _pipeline_ends(setting: Setting, plans: PlanArrays, work: RankWork, m: Float
     return PipelineEnds(ends=ends, sharing=sharing)
 
 
-def estimate(setting: Setting, plan: Plan) -> Estimate:
-    """Predict one plan. Raises PlanError if it violates the model, the workload or the cluster's size."""
+def estimates(setting: Setting, plans: Sequence[Plan]) -> tuple[Estimate, ...]:
+    """``estimate`` of several plans, the pieces of all priced at once."""
+    if not plans:
+        return ()
+    prices, rows = _price_plans(setting, to_arrays(plans))
+    return tuple(estimate(setting, plan, (prices, rows[i : i + 1])) for i, plan in enumerate(plans))
+
+
+def estimate(setting: Setting, plan: Plan, priced: tuple[Prices, Ints] | None = None) -> Estimate:
+    """Predict one plan; ``priced`` as in ``estimate_many``.
+
+    Raises PlanError if it violates the model, the workload or the cluster's size.
+    """
     check_plan(plan, setting.graph, setting.workload, setting.cluster.world_size)
     plans = to_arrays([plan])
-    found, held = _evaluate(setting, plans, every_rank=True, priced=_price_plans(setting, plans))
+    found, held = _evaluate(setting, plans, every_rank=True, priced=priced or _price_plans(setting, plans))
     breakdown = {name: float(found[name][0]) for name in TERMS}
     step_s = float(sum((found[name] for name in TERMS), np.zeros(1))[0])
     fullest = int(np.argmax(held.total[0]))

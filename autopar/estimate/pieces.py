@@ -246,12 +246,14 @@ def _price_section(setting: Setting, degrees: Degrees, part: Section, by_module:
     modules = np.zeros((len(degrees.tp), len(RECOMPUTE_MODULES)))
     row: dict[str, Any] = {f.name: (modules if f.name in BY_MODULE else zeros).copy() for f in fields(Prices)}
     last_product: Any = 0.0
+    launched: list[tuple[Op, Any, Any]] = []
     for op, number in part.priced(setting.stack):
         forward, backward = op_seconds(op, setting, degrees, number)
         calls = launches(op, setting, degrees) * number
         row["forward"] += forward
         row["backward"] += backward
         row["calls"] += calls
+        launched.append((op, forward, calls))
         if op.kind in PRODUCTS:
             last_product = forward / number
         if op.module:
@@ -275,7 +277,7 @@ def _price_section(setting: Setting, degrees: Degrees, part: Section, by_module:
     if part.is_block(graph):
         row["kept_full"] += boundary_bytes(graph, degrees, stack)
         if by_module:
-            _price_op_level(row, setting, degrees, part)
+            _price_op_level(row, setting, degrees, part, launched)
         early = stack.kernels.recompute_stops_early
         row["again_full"] = row["forward"] - (last_product if early else 0.0)
         row["again_tensor"] = row["tensor_forward"]
@@ -285,16 +287,18 @@ def _price_section(setting: Setting, degrees: Degrees, part: Section, by_module:
     return row
 
 
-def _price_op_level(row: dict[str, Any], setting: Setting, degrees: Degrees, part: Section) -> None:
+def _price_op_level(
+    row: dict[str, Any], setting: Setting, degrees: Degrees, part: Section, launched: Sequence[tuple[Op, Any, Any]]
+) -> None:
     """What recomputing by module frees; and recomputing operation by operation, attention and every second product
     kept (torchtitan's selective checkpoint)."""
     level = RECOMPUTE_MODULES.index(OP_LEVEL)
-    for op, number in part.priced(setting.stack):
+    for op, forward, calls in launched:
         if op.kind is OpKind.ATTENTION:
             continue
         share = 0.5 if saves_product(op, setting) else 1.0
-        row["again"][:, level] += share * op_seconds(op, setting, degrees, number)[0]
-        row["again_calls"][:, level] += share * launches(op, setting, degrees) * number
+        row["again"][:, level] += share * forward
+        row["again_calls"][:, level] += share * calls
     freed = freed_bytes(part.ops, setting, degrees)
     freed[level] = row["kept"] - op_level_kept_bytes(part.ops, setting, degrees)
     row["freed"] = np.stack(freed, axis=1)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.errors import NoFeasiblePlan
-from autopar.estimate import Estimate, Setting, estimate, estimate_many
+from autopar.estimate import Estimate, Setting, estimate, estimate_many, estimates
 from autopar.estimate.arrays import Bools, Ints, PlanArrays
 from autopar.estimate.pieces import Floats
 from autopar.plan import Plan, Rejected, violations
@@ -100,7 +100,7 @@ def search(
     if not ranking.feasible:
         raise _no_plan(setting, decided, cores, tally)
     return SearchResult(
-        best=tuple(estimate(setting, plan) for plan in ranking.best()),
+        best=estimates(setting, ranking.best()),
         considered=considered,
         priced=found.priced,
         feasible=ranking.feasible,
