@@ -18,7 +18,7 @@ from autopar.measurement import Measurement, read_measurement
 from autopar.model.build import build_graph
 from autopar.model.presets import load_preset
 from autopar.model.spec import ModelSpec
-from autopar.plan import Plan, PlanFile, parse_slug, write_plan_file
+from autopar.plan import Plan, PlanFile, ScheduleName, parse_slug, write_plan_file
 from autopar.runtime.job import TrainJob
 from autopar.runtime.nodes import Node, local_node
 from autopar.runtime.profile import profile_machine
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 OnMessage = Callable[[dict[str, Any]], None]
 
-MIN_MICROBATCHES = 4
+SPACE = Space(min_microbatches=4, max_vp=1, schedules=(ScheduleName.ONE_F_ONE_B,))
+"""What is planned for: pipelines with few idle ranks under the schedule that every engine has."""
 LAYOUTS = 10
 STEPS = 10
 STALL_TIMEOUT_S = 180.0
@@ -173,7 +174,7 @@ def plan_layouts(setting: Setting, spec: ModelSpec) -> SearchResult:
     def refuse(plan: Plan) -> Any:
         return unsupported(plan, spec, plan.num_microbatches(setting.workload))
 
-    return search(setting, top=10_000, space=Space(min_microbatches=MIN_MICROBATCHES, max_vp=1), unsupported=refuse)
+    return search(setting, top=10_000, space=SPACE, unsupported=refuse)
 
 
 def choose(ranked: Sequence[Estimate], number: int) -> tuple[Estimate, ...]:
