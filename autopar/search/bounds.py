@@ -225,6 +225,9 @@ def weight_bytes(setting: Setting, cores: Cores, decided: Decisions) -> tuple[Fl
     edp = cores.dp * cores.cp * cores.tp // (cores.ep * cores.etp)
     least = [np.full(len(cores), np.inf), np.full(len(cores), np.inf)]
     for column, zero in enumerate(decided.zero.tolist()):
+        if decided.in_node[column]:
+            # Wherever the ranks of a node may shard by themselves, all may shard, which leaves less on each.
+            continue
         state = 0.0 if decided.offload[column] else setting.state_bytes
         for which, ranks in enumerate((cores.dp * cores.cp, edp)):
             n = np.maximum(ranks, 1)
