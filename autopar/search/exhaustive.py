@@ -30,7 +30,7 @@ from costmodels.units import GIB
 
 Unsupported = Callable[[Plan], tuple[Rejected, ...]]
 Forbidden = Callable[[PlanArrays], Bools]
-FIRST_CORES, MOST_CORES = 128, 16384
+FIRST_CORES, MOST_CORES = 64, 16384
 """Looked at before the others, to have a time to beat, and at once after that."""
 SMALLEST_CORES = 4
 """Looked at in search of the nearest miss, where nothing fits."""
