@@ -18,12 +18,12 @@ from autopar.measurement import Measurement, read_measurement
 from autopar.model.build import build_graph
 from autopar.model.presets import load_preset
 from autopar.model.spec import ModelSpec
-from autopar.plan import Plan, PlanFile, ScheduleName, parse_slug, write_plan_file
+from autopar.plan import Plan, PlanFile, ScheduleName, check_plan, parse_slug, write_plan_file
 from autopar.runtime.job import TrainJob
 from autopar.runtime.nodes import Node, local_node
 from autopar.runtime.profile import profile_machine
 from autopar.runtime.run import run_plans
-from autopar.runtime.support import unsupported
+from autopar.runtime.support import check_supported, unsupported
 from autopar.search.exhaustive import SearchResult, search
 from autopar.search.space import Space
 from autopar.validate import compare
@@ -55,6 +55,7 @@ class DemoOptions:
         emulate: nodes and rate of an emulated cluster such as ``4x200mbit``; None runs on this machine as it is.
         device: cpu or cuda.
         num_layouts: layouts to run beside the single process.
+        plans: run these, by slug, instead of layouts that the planner picks.
         steps: timed steps of each.
         quick: a coarse profile.
         reuse: predict anew for the profile and the runs that ``out`` holds, and run nothing.
@@ -65,6 +66,7 @@ class DemoOptions:
     emulate: str | None = None
     device: str = "cpu"
     num_layouts: int = LAYOUTS
+    plans: tuple[str, ...] = ()
     steps: int = STEPS
     quick: bool = False
     reuse: bool = False
@@ -76,6 +78,7 @@ class DemoOptions:
         words += ["--emulate", self.emulate] if self.emulate else []
         words += ["--ranks", str(self.ranks)] if self.ranks else []
         words += ["--layouts", str(self.num_layouts)] if self.num_layouts != LAYOUTS else []
+        words += [word for slug in self.plans for word in ("--plan", slug)]
         words += ["--steps", str(self.steps)] if self.steps != STEPS else []
         words += ["--quick"] if self.quick else []
         words += ["-o", str(self.out)]
@@ -177,6 +180,15 @@ def plan_layouts(setting: Setting, spec: ModelSpec) -> SearchResult:
     return search(setting, top=10_000, space=SPACE, unsupported=refuse)
 
 
+def given(setting: Setting, spec: ModelSpec, slugs: Sequence[str]) -> tuple[Estimate, ...]:
+    """Estimates of named plans, fastest first. Raises PlanError for one that is against the rules or does not run."""
+    plans = [parse_slug(slug) for slug in slugs]
+    for plan in plans:
+        check_plan(plan, setting.graph, setting.workload, setting.cluster.world_size)
+        check_supported(plan, spec, plan.num_microbatches(setting.workload))
+    return tuple(sorted((estimate(setting, plan) for plan in plans), key=lambda found: found.step_s))
+
+
 def choose(ranked: Sequence[Estimate], number: int) -> tuple[Estimate, ...]:
     """The best plan and the fastest of each unlike kind, unlike in dimensions, sharding or sequence parallelism.
 
@@ -257,7 +269,7 @@ def _measure(options: DemoOptions, spec: ModelSpec, workload: Workload, say: Say
             out=options.out / "profile.json", quick=options.quick, link_rate=place.link_rate, on_message=progress,
         )  # fmt: skip
         setting, found = _plan(profile, spec, workload, say)
-        chosen = choose(found.best, options.num_layouts)
+        chosen = given(setting, spec, options.plans) if options.plans else choose(found.best, options.num_layouts)
         say(f"plan: {found.considered} considered, {found.feasible} feasible; best {chosen[0].plan.slug}")
         write_plan_file(options.out / "plan.json", _plan_file(spec, workload, chosen[0]))
         say(f"run: {len(chosen)} layouts and a single process")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from autopar.demo import DemoOptions, choose, demo, plan_layouts, resolve_device, site
-from autopar.errors import InputError
+from autopar.demo import DemoOptions, choose, demo, given, plan_layouts, resolve_device, site
+from autopar.errors import InputError, PlanError
 from autopar.estimate import Setting
 from autopar.gpu import SETTINGS, GpuSetting, measure_settings, settings_of
 from autopar.measurement import read_measurement
@@ -23,16 +23,17 @@ from costmodels.hardware import load_cluster
 from costmodels.stack import load_stack
 
 
-def ranked(ranks: int = 4):
-    spec = load_preset("demo-gpt")
-    workload = Workload(global_batch=16, seq_len=128, precision=Precision.FP32)
-    setting = Setting(
-        graph=build_graph(spec, seq_len=128, precision=Precision.FP32),
-        workload=workload,
+def question(ranks: int = 4) -> Setting:
+    return Setting(
+        graph=build_graph(load_preset("demo-gpt"), seq_len=128, precision=Precision.FP32),
+        workload=Workload(global_batch=16, seq_len=128, precision=Precision.FP32),
         cluster=load_cluster(f"cpu:1x{ranks}"),
         stack=load_stack("autopar-gloo"),
     )
-    return plan_layouts(setting, spec).best
+
+
+def ranked(ranks: int = 4):
+    return plan_layouts(question(ranks), load_preset("demo-gpt")).best
 
 
 def test_few_layouts_cover_all_dimensions() -> None:
@@ -74,6 +75,16 @@ def test_the_command_repeats_the_run() -> None:
     assert DemoOptions(out=Path("reports/demo")).command == "autopar demo -o reports/demo"
     options = DemoOptions(out=Path("out"), emulate="4x200mbit", ranks=8, num_layouts=6, steps=5, quick=True)
     assert options.command == "autopar demo --emulate 4x200mbit --ranks 8 --layouts 6 --steps 5 --quick -o out"
+    named = DemoOptions(out=Path("out"), plans=("dp4.mb2", "pp4.mb1"))
+    assert named.command == "autopar demo --plan dp4.mb2 --plan pp4.mb1 -o out"
+
+
+def test_plans_may_be_named() -> None:
+    setting, spec = question(), load_preset("demo-gpt")
+    found = given(setting, spec, ("dp4.mb4", "pp4.mb2"))
+    assert [e.step_s for e in found] == sorted(e.step_s for e in found) and len(found) == 2
+    with pytest.raises(PlanError, match="is 2, but there are 4 ranks"):
+        given(setting, spec, ("dp2.mb4",))
 
 
 @pytest.mark.dist

@@ -93,6 +93,7 @@ def demo(
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes; 4 on CPUs, every device on CUDA.")] = None,
     device: Device = "auto",
     layouts: Annotated[int, typer.Option(min=2, help="Layouts to run beside a single process.")] = 10,
+    plan: Annotated[list[str] | None, typer.Option(help="Run this plan, by slug, instead; may be repeated.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 10,
     quick: Annotated[bool, typer.Option(help="A coarse profile.")] = False,
     reuse: Annotated[bool, typer.Option(help="Predict anew for the profile and runs in --out; run nothing.")] = False,
@@ -105,7 +106,7 @@ def demo(
 
     options = DemoOptions(
         out=out, ranks=ranks, emulate=emulate, device="cpu" if emulate else resolve_device(device),
-        num_layouts=layouts, steps=steps, quick=quick, reuse=reuse,
+        num_layouts=layouts, plans=tuple(plan or ()), steps=steps, quick=quick, reuse=reuse,
     )  # fmt: skip
     with progress() as on_message:
         report = run_demo(options, say, on_message)
