@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from autopar.errors import InputError
 from autopar.plan import Plan
 from autopar.runtime.data_parallel import accumulating
+from autopar.runtime.holdings import Holding
 from autopar.runtime.mesh import submesh
 from autopar.runtime.parts import boundaries
 from autopar.runtime.pipeline import LossFn, Observer, Unobserved, build_schedule, observed
@@ -34,6 +35,7 @@ class ParallelModel:
         modules: one per virtual stage of this rank, wrapped; without a pipeline just the model.
         loss_fn: of one microbatch.
         owned: this rank's parameters by name. Kept, since DDP over tensor parallel modules hides theirs.
+        holdings: what of the whole model each of ``owned`` is, in the same order.
         partial_names: parameters whose gradients are summed over the tensor parallel ranks at the end of a step.
         bare_chains: all stages of the model without values, to learn the shapes between them.
         observer: told of every forward and backward (``2F0``: stage 2, forward, microbatch 0).
@@ -46,6 +48,7 @@ class ParallelModel:
     modules: tuple[nn.Module, ...]
     loss_fn: LossFn
     owned: tuple[tuple[str, nn.Parameter], ...]
+    holdings: tuple[Holding, ...]
     partial_names: frozenset[str]
     bare_chains: tuple[nn.Module, ...]
     observer: Observer = field(default_factory=Unobserved)

@@ -19,6 +19,7 @@ from autopar.errors import PlanError
 from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, Recompute
 from autopar.runtime.data_parallel import replicate_or_shard
+from autopar.runtime.holdings import Cut, cuts_by_name, find_holdings, whole_model
 from autopar.runtime.mesh import build_mesh, submesh
 from autopar.runtime.parallel_model import ParallelModel, named_parameters
 from autopar.runtime.parts import Chain, Parts, find_parts, skeleton
@@ -62,11 +63,12 @@ def parallelize(
     device = torch.device(device) if device is not None else default_device()
     if mesh is None:
         mesh = build_mesh(plan.layout, device.type)
-    parts = find_parts(module)
+    parts, whole = find_parts(module), whole_model(module)
     tp_mesh = submesh(mesh, "tp") if mesh is not None else None
     products = resolve_plan(module, tensor_parallel_plan, plan.layout.tp) if tp_mesh is not None else {}
     chains, bare_chains = _cut(module, parts, plan, mesh)
     partial_names: tuple[str, ...] = ()
+    divided: dict[str, tuple[Cut, ...]] = {}
     wrapped = []
     for chain in chains:
         chain.to(device)
@@ -74,7 +76,9 @@ def parallelize(
             partial_names += divide(chain, tp_mesh, products, parts, sequence_parallel=plan.sequence_parallel)
         if plan.recompute is Recompute.FULL:
             _recompute_blocks(chain, parts)
+        divided |= cuts_by_name(chain)
         wrapped.append(replicate_or_shard(chain, mesh, plan, parts.blocks))
+    owned = named_parameters(wrapped)
     return ParallelModel(
         plan=plan,
         mesh=mesh,
@@ -82,7 +86,8 @@ def parallelize(
         num_microbatches=num_microbatches,
         modules=tuple(wrapped),
         loss_fn=loss_fn,
-        owned=named_parameters(wrapped),
+        owned=owned,
+        holdings=find_holdings(whole, owned, divided),
         partial_names=frozenset(partial_names),
         bare_chains=bare_chains,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.profiler import profile
 
 
@@ -55,3 +56,8 @@ def group_named(name: str) -> dist.ProcessGroup:
 def has_dropout(module: nn.Module) -> bool:
     """Whether a module drops anything in training, so that recomputation has to restore the random state."""
     return any(isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0 for child in module.modules())
+
+
+def is_strided_shard(placement: Placement) -> bool:
+    """Whether an axis of a mesh divides what a later axis has divided before, as FSDP does over tensor parallelism."""
+    return isinstance(placement, _StridedShard)
