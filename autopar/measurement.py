@@ -20,7 +20,8 @@ class CountedCollective:
 
     Attributes:
         kind: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, send or recv.
-        axis: mesh axis of the group: tp, pp, dp (all data parallel ranks), dp_shard, dp_replicate, or world.
+        axis: mesh axis of the group: tp, cp, pp, dp (all ranks that reduce a dense weight's gradient: data and context
+            parallel ones), dp_shard (with context parallel ones) and dp_replicate where both divide them, or world.
         group_size: ranks in the group.
         count: calls.
         num_bytes: payload summed over the calls: the whole (unsharded) tensor for all_reduce, all_gather and

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.errors import RunError
 from autopar.measurement import CountedCollective
-from autopar.runtime.mesh import DATA_AXES
+from autopar.runtime.mesh import group_labels
 from autopar.runtime.private import group_named, group_of
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
@@ -77,7 +77,7 @@ class CollectiveCounter(TorchDispatchMode):
     def __init__(self, mesh: DeviceMesh | None) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._axes = axis_names(mesh)
+        self._names, self._ranks = group_labels(mesh)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -100,7 +100,8 @@ class CollectiveCounter(TorchDispatchMode):
             raise RunError(f"the step calls the collective {name}, which is not counted yet")
 
     def _add(self, kind: str, num_bytes: int, group: dist.ProcessGroup) -> None:
-        axis = self._axes.get(tuple(dist.get_process_group_ranks(group)), "world")
+        ranks = tuple(dist.get_process_group_ranks(group))
+        axis = self._names.get(group.group_name) or self._ranks.get(ranks, "world")
         self.calls.append(Call(kind=kind, axis=axis, group_size=group.size(), num_bytes=num_bytes))
 
 
@@ -108,19 +109,6 @@ def _num_bytes(payload: Any) -> int:
     if isinstance(payload, Tensor):
         return payload.numel() * payload.element_size()
     return sum(_num_bytes(item) for item in payload)
-
-
-def axis_names(mesh: DeviceMesh | None) -> dict[tuple[int, ...], str]:
-    """This rank's groups, as their ranks, to axes; a single data parallel axis is ``dp``, all data parallel ranks.
-
-    Ranks rather than group names, since FSDP2 over tensor parallel modules makes meshes, and groups, of its own.
-    """
-    if mesh is None:
-        return {}
-    names = mesh.mesh_dim_names or ()
-    data = [name for name in names if name in DATA_AXES]
-    groups = {name: tuple(dist.get_process_group_ranks(mesh.get_group(name))) for name in names}
-    return {ranks: "dp" if [name] == data else name for name, ranks in groups.items()}
 
 
 def summed(calls: Iterable[Call]) -> tuple[CountedCollective, ...]:

@@ -12,14 +12,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from autopar.plan import Plan
-from autopar.runtime.mesh import DATA_AXES, submesh
+from autopar.runtime.mesh import data_mesh
 
 
 def replicate_or_shard(module: nn.Module, mesh: DeviceMesh | None, plan: Plan, blocks: Iterable[str]) -> nn.Module:
-    """Wrap a module (the whole model or a stage) for the data parallel axes of a mesh; without any, return it as it is.
+    """Wrap a module (the whole model or a stage) for the ranks of ``data_mesh``; without any, return it as it is.
 
     ZeRO stage 0 is DDP. Stages 2 and 3 are ``fully_shard`` of each block and then of the rest; stage 2 keeps gathered
-    parameters from forward to backward, stage 3 gathers them again. Two data parallel axes make hybrid sharding.
+    parameters from forward to backward, stage 3 gathers them again. Two axes make hybrid sharding.
 
     Args:
         module: in its place on the device, divided over tensor parallel ranks if it is to be.
@@ -27,18 +27,16 @@ def replicate_or_shard(module: nn.Module, mesh: DeviceMesh | None, plan: Plan, b
         plan: tells the ZeRO stage.
         blocks: names of submodules that are sharded one by one, those that ``module`` has.
     """
-    data_mesh = submesh(mesh, *DATA_AXES) if mesh is not None else None
-    if data_mesh is None:
+    ranks = data_mesh(mesh)
+    if ranks is None:
         return module
     if plan.zero_stage == 0:
-        return DistributedDataParallel(
-            module, device_mesh=data_mesh, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        return DistributedDataParallel(module, device_mesh=ranks, gradient_as_bucket_view=True, broadcast_buffers=False)
     names, reshard = {name for name, _ in module.named_modules()}, plan.zero_stage == 3
     for name in blocks:
         if name in names:
-            fully_shard(module.get_submodule(name), mesh=data_mesh, reshard_after_forward=reshard)
-    fully_shard(module, mesh=data_mesh, reshard_after_forward=reshard)
+            fully_shard(module.get_submodule(name), mesh=ranks, reshard_after_forward=reshard)
+    fully_shard(module, mesh=ranks, reshard_after_forward=reshard)
     return module
 
 

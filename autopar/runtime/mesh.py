@@ -1,4 +1,4 @@
-"""The DeviceMesh of a layout: axes named as in ``autopar.layout``, those of degree 1 left out."""
+"""The DeviceMesh of a layout: axes named and ordered as in ``autopar.layout``, those of degree 1 left out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.errors import PlanError
-from autopar.layout import AXES, Layout
+from autopar.layout import Layout
+from autopar.runtime.private import joined_meshes, merged_axes
 
 DATA_AXES = ("dp_replicate", "dp_shard")
+# Context parallel ranks hold equal weights and see unlike tokens: to weights they are data parallel ranks.
+WEIGHT_AXES = (*DATA_AXES, "cp")
 
 
 def build_mesh(layout: Layout, device_type: str) -> DeviceMesh | None:
@@ -28,13 +31,58 @@ def build_mesh(layout: Layout, device_type: str) -> DeviceMesh | None:
 
 
 def used_axes(layout: Layout) -> tuple[str, ...]:
-    """Axes with more than one rank, slowest varying first."""
-    return tuple(axis for axis in AXES if getattr(layout, axis) > 1)
+    """Axes with more than one rank, slowest varying first, in the order of the layout."""
+    return tuple(axis for axis in layout.axes if getattr(layout, axis) > 1)
 
 
-def submesh(mesh: DeviceMesh, *axes: str) -> DeviceMesh | None:
-    """The part of a mesh that spans those of ``axes`` that it has; None if it has none of them."""
-    names = tuple(axis for axis in axes if axis in (mesh.mesh_dim_names or ()))
-    if not names:
+def submesh(mesh: DeviceMesh | None, *axes: str) -> DeviceMesh | None:
+    """The part of a mesh that spans those of ``axes`` that it has, in the mesh's order; None if it has none of them."""
+    names = tuple(name for name in axis_names(mesh) if name in axes)
+    if mesh is None or not names:
         return None
     return mesh[names[0]] if len(names) == 1 else mesh[names]
+
+
+def axis_names(mesh: DeviceMesh | None) -> tuple[str, ...]:
+    """Names of a mesh's axes, slowest varying first."""
+    return (mesh.mesh_dim_names or ()) if mesh is not None else ()
+
+
+def data_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """The ranks that reduce the gradient of a dense weight: data parallel ones and, within them, context parallel ones.
+
+    One axis ``dp`` where weights are replicated over all of these ranks or sharded over all of them; two axes,
+    ``dp_replicate`` and ``dp_shard``, for replicas of sharded groups. Context parallel ranks are part of ``dp`` or of
+    ``dp_shard``. With them the axis has a process group of its own, so that gradients do not wait behind keys and
+    values. The first call for a mesh is collective.
+
+    Returns:
+        None where every rank has weights of its own.
+    """
+    names = [name for name in axis_names(mesh) if name in WEIGHT_AXES]
+    if mesh is None or not names:
+        return None
+    hybrid = set(DATA_AXES) <= set(names)
+    inner = tuple(name for name in names if not (hybrid and name == "dp_replicate"))
+    sharded = merged_axes(mesh, inner, "dp_shard_cp" if hybrid else "dp_cp") if "cp" in inner else mesh[inner[0]]
+    return joined_meshes(mesh["dp_replicate"], sharded) if hybrid else sharded
+
+
+def group_labels(mesh: DeviceMesh | None) -> tuple[dict[str, str], dict[tuple[int, ...], str]]:
+    """Labels of this rank's groups: by the name of the group, and by its ranks.
+
+    Labels are the axes, but ``dp`` for all ranks of ``data_mesh`` where it has one axis. The name tells apart groups of
+    equal ranks; ranks stand for the groups that FSDP2 makes of its own over tensor parallel modules.
+    """
+    if mesh is None:
+        return {}, {}
+    groups = {name: mesh.get_group(name) for name in axis_names(mesh)}
+    data = data_mesh(mesh)
+    if data is not None:
+        labels = ("dp_replicate", "dp_shard") if data.ndim == 2 else ("dp",)
+        groups |= {label: data.get_group(axis) for axis, label in enumerate(labels)}
+    # Data parallel groups come last, so that theirs are the labels of equal ranks and of an equal group.
+    return (
+        {group.group_name: label for label, group in groups.items()},
+        {tuple(dist.get_process_group_ranks(group)): label for label, group in groups.items()},
+    )

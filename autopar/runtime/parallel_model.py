@@ -95,7 +95,7 @@ class ParallelModel:
         self._check_batch(inputs)
         loss = self._pipeline_step(inputs, targets) if self.plan.layout.pp > 1 else self._plain_step(inputs, targets)
         if self.partial_names:
-            mesh = submesh(self.mesh, "tp") if self.mesh is not None else None
+            mesh = submesh(self.mesh, "tp")
             assert mesh is not None
             reduce_partial((p for name, p in self.named_parameters() if name in self.partial_names), mesh)
         return loss

@@ -64,7 +64,7 @@ def parallelize(
     if mesh is None:
         mesh = build_mesh(plan.layout, device.type)
     parts, whole = find_parts(module), whole_model(module)
-    tp_mesh = submesh(mesh, "tp") if mesh is not None else None
+    tp_mesh = submesh(mesh, "tp")
     products = resolve_plan(module, tensor_parallel_plan, plan.layout.tp) if tp_mesh is not None else {}
     chains, bare_chains = _cut(module, parts, plan, mesh)
     partial_names: tuple[str, ...] = ()

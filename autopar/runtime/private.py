@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.profiler import profile
 
@@ -51,6 +52,17 @@ def group_named(name: str) -> dist.ProcessGroup:
     """The process group of a name, which is how functional collectives know it."""
     group: dist.ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     return group
+
+
+def merged_axes(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMesh:
+    """One axis ``name`` over several (or one) of a mesh, with a process group of its own; made once per mesh."""
+    flat: DeviceMesh = mesh[axes]._flatten(name, backend_override=dist.get_backend(mesh.get_group(axes[0])))
+    return flat
+
+
+def joined_meshes(slow: DeviceMesh, fast: DeviceMesh) -> DeviceMesh:
+    """A mesh of two parts of one mesh, the axes of ``slow`` first."""
+    return DeviceMesh._concatenate([slow, fast])
 
 
 def has_dropout(module: nn.Module) -> bool:
