@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -82,6 +83,8 @@ class ModelSpec:
             engines compute operation by operation.
         wide_blocks: last blocks whose products stay in bf16 where those of the others are narrower.
         dropout: attention probabilities and the results of attention and feed-forward are dropped in training.
+        capacity_factor: rows of a sequence that an expert takes, relative to an even spread, ceil(s k / E * factor);
+            the rest is dropped (GShard 2020). 0 for dropless.
     """
 
     name: str
@@ -112,6 +115,7 @@ class ModelSpec:
     clamped_activation: bool = False
     wide_blocks: int = 0
     dropout: bool = False
+    capacity_factor: float = 0.0
 
     def __post_init__(self) -> None:
         for field in (
@@ -150,7 +154,7 @@ class ModelSpec:
                 raise InputError(f"model {self.name}: {field} is {getattr(self, field)}; it must be 0 or more")
         if self.num_experts:
             self._check_experts()
-        elif self.top_k or self.expert_ffn_size or self.shared_ffn_size:
+        elif self.top_k or self.expert_ffn_size or self.shared_ffn_size or self.capacity_factor:
             raise InputError(f"model {self.name}: it describes experts, but num_experts is 0")
 
     def _check_experts(self) -> None:
@@ -162,9 +166,13 @@ class ModelSpec:
             raise InputError(f"model {self.name}: expert_ffn_size is {self.expert_ffn_size}; it must be at least 1")
         if self.dense_layers > self.num_layers:
             raise InputError(f"model {self.name}: dense_layers={self.dense_layers} of {self.num_layers} blocks")
+        if not 0 <= self.capacity_factor < math.inf:
+            raise InputError(
+                f"model {self.name}: capacity_factor is {self.capacity_factor}; it is 0 (dropless) or more"
+            )
 
     @property
-    def beyond_dense(self) -> tuple[str, ...]:
-        """Names of the fields that make this more than a plain dense transformer; empty for one."""
-        fields = ("num_experts", "latent", "mtp_layers", "window", "qk_norm", "dropout")
+    def unbuilt(self) -> tuple[str, ...]:
+        """Names of the fields that ask for what the module of ``autopar.model.transformer`` does not have."""
+        fields = ("latent", "mtp_layers", "window", "qk_norm", "clamped_activation", "dropout")
         return tuple(field for field in fields if getattr(self, field))

@@ -1,4 +1,4 @@
-"""A transformer as an ordinary ``nn.Module``, built from a ModelSpec: GPT style and Llama style.
+"""A transformer as an ordinary ``nn.Module``, built from a ModelSpec: GPT style, Llama style, mixtures of experts.
 
 Pre-norm blocks, separate query, key and value products (or one fused), attention through
 ``scaled_dot_product_attention``. Module names are those of the analytic graph (``autopar.model.build``). Head counts
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopar.errors import InputError
+from autopar.model.experts import MixtureOfExperts
+from autopar.model.feed_forward import FeedForward
 from autopar.model.spec import ModelSpec, Norm, Position
 
 ROTARY_BASE = 10000.0
@@ -105,47 +107,23 @@ class Attention(nn.Module):
         return attended
 
 
-class GatedSilu(nn.Module):
-    """The activation of SwiGLU: silu(gate) * up (Shazeer 2020)."""
-
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Both inputs and the result are [B, S, ffn_size]."""
-        return F.silu(gate) * up
-
-
-class FeedForward(nn.Module):
-    """Two products around GELU, or three around the gated SiLU."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.gate: nn.Linear | None = None
-        if spec.gated_mlp:
-            self.gate = nn.Linear(spec.hidden_size, spec.ffn_size, bias=spec.bias)
-        self.up = nn.Linear(spec.hidden_size, spec.ffn_size, bias=spec.bias)
-        self.act: nn.Module = GatedSilu() if spec.gated_mlp else nn.GELU()
-        self.down = nn.Linear(spec.ffn_size, spec.hidden_size, bias=spec.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, h] to [B, S, h]."""
-        inner = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x), self.up(x))
-        result: Tensor = self.down(inner)
-        return result
-
-
 class Block(nn.Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block; ``experts`` if its feed-forward part is a mixture of experts."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, experts: bool = False) -> None:
         super().__init__()
         self.norm1 = _norm(spec)
         self.attention = Attention(spec)
         self.norm2 = _norm(spec)
-        self.mlp = FeedForward(spec)
+        self.mlp = None if experts else FeedForward(spec)
+        self.moe = MixtureOfExperts(spec) if experts else None
 
     def forward(self, x: Tensor) -> Tensor:
         """The stream [B, S, h] with this block's attention and feed-forward added."""
         x = x + self.attention(self.norm1(x))
-        result: Tensor = x + self.mlp(self.norm2(x))
+        feed_forward = self.mlp if self.moe is None else self.moe
+        assert feed_forward is not None
+        result: Tensor = x + feed_forward(self.norm2(x))
         return result
 
 
@@ -160,7 +138,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = Embedding(spec)
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(spec, experts=spec.num_experts > 0 and index >= spec.dense_layers) for index in range(spec.num_layers)
+        )
         self.norm = _norm(spec)
         self.head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         if spec.tied_embeddings:
@@ -184,9 +164,17 @@ class Transformer(nn.Module):
         products = ("qkv",) if self.spec.fused_qkv else ("query", "key", "value")
         plan = {f"blocks.*.attention.{name}": "colwise" for name in products}
         plan["blocks.*.attention.output"] = "rowwise"
-        plan |= {f"blocks.*.mlp.{name}": "colwise" for name in (("gate", "up") if self.spec.gated_mlp else ("up",))}
-        plan["blocks.*.mlp.down"] = "rowwise"
+        for part in self._feed_forward_parts():
+            plan |= {f"{part}.{name}": "colwise" for name in (("gate", "up") if self.spec.gated_mlp else ("up",))}
+            plan[f"{part}.down"] = "rowwise"
         return plan
+
+    def _feed_forward_parts(self) -> tuple[str, ...]:
+        """Dense feed-forward parts and shared experts; routed experts are divided by expert parallelism."""
+        spec = self.spec
+        dense = ("blocks.*.mlp",) if spec.dense_layers or not spec.num_experts else ()
+        shared = ("blocks.*.moe.shared",) if spec.shared_ffn_size and spec.dense_layers < spec.num_layers else ()
+        return dense + shared
 
     def pipeline_parts(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         """Names of the modules before the blocks, of the blocks, and after them.
@@ -210,12 +198,12 @@ def build(spec: ModelSpec, seed: int = 0) -> Transformer:
     sqrt(2 num_layers), as GPT-2), norms are one, biases zero. On the meta device nothing is drawn.
 
     Raises:
-        InputError: the spec has what this module does not (experts, latent attention, ...).
+        InputError: the spec has what this module does not (latent attention, a window, ...).
     """
-    if spec.beyond_dense:
+    if spec.unbuilt:
         raise InputError(
-            f"model {spec.name}: the module that is built here is a plain dense transformer, without "
-            f"{', '.join(spec.beyond_dense)}; it can be planned but not run"
+            f"model {spec.name}: the module that is built here has no {', '.join(spec.unbuilt)}; it can be planned "
+            "but not run"
         )
     model = Transformer(spec)
     with torch.no_grad():

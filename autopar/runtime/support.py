@@ -91,9 +91,9 @@ def _unsupported_layout(plan: Plan) -> list[Rejected]:
 
 def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
     layout, found = plan.layout, []
-    if spec.beyond_dense:
-        fields = ", ".join(spec.beyond_dense)
-        found.append(_reject("model", f"models with {fields} are not supported: use a plain dense transformer"))
+    if spec.unbuilt:
+        fields = ", ".join(spec.unbuilt)
+        found.append(_reject("model", f"models with {fields} are not supported: use one without"))
     if layout.tp > 1 and spec.fused_qkv:
         found.append(
             _reject(
