@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from autopar.errors import InputError
 from autopar.model.spec import ModelSpec
 from autopar.plan import Plan
 from autopar.workload import Workload
-from costmodels.records import read_record, write_record
+from costmodels.records import from_plain, read_json, write_record
 
-MEASUREMENT_SCHEMA = 1
+MEASUREMENT_SCHEMA = 2
+OLDER_SCHEMAS = (1,)
+"""Still read: what their files lack has a default here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,24 +43,55 @@ class Span:
     """Something a rank did: ``phase`` is forward, backward, optimizer or communication.
 
     ``start_s`` counts from the beginning of the step, on a clock common to all ranks of a machine. ``name`` is an
-    action such as ``2F0`` (stage 2, forward, microbatch 0), or the collective and its axis.
+    action such as ``2F0`` (stage 2, forward, microbatch 0), or the collective and its axis (``all_gather dp_shard``).
+
+    Attributes:
+        num_bytes: of communication, as in CountedCollective; 0 where it is not known.
+        exposed_s: of communication, seconds in which this rank computed nothing meanwhile; None where only the span
+            was measured.
     """
 
     name: str
     phase: str
     start_s: float
     end_s: float
+    num_bytes: int = 0
+    exposed_s: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """From start to end."""
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moment:
+    """Bytes allocated since the step began, around one action: as it began, at its highest, as it ended."""
+
+    name: str
+    begin_bytes: int
+    peak_bytes: int
+    end_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankMeasurement:
-    """One rank: peak and items of memory in bytes, collectives and spans of one inspected step."""
+    """One rank, inspected over a step each for collectives, memory and spans.
+
+    Attributes:
+        peak_bytes: highest sum of allocated bytes.
+        memory: bytes of ``parameters``, ``gradients`` (once they are whole), ``optimizer`` and ``buffers`` (all else
+            that stays between steps), and ``transient``, what the peak adds to those that stay.
+        moments: allocated bytes around every action, in order. ``measured.peak_items`` reads the items of the peak
+            from them.
+    """
 
     rank: int
     peak_bytes: int
     memory: Mapping[str, int]
     collectives: tuple[CountedCollective, ...]
     spans: tuple[Span, ...]
+    moments: tuple[Moment, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +115,7 @@ class Measurement:
         date: ISO, UTC.
         losses: mean loss of the global batch, each step.
         step_s: wall seconds of each timed step (the slowest rank's), warm-up and inspected steps left out.
+        grad_norms: norm of the global gradient, each step, where it was taken.
         ranks: by rank.
         traffic: by node, where interfaces were counted.
     """
@@ -97,6 +132,7 @@ class Measurement:
     step_s: tuple[float, ...]
     ranks: tuple[RankMeasurement, ...]
     traffic: tuple[NodeTraffic, ...] = field(default=())
+    grad_norms: tuple[float, ...] = ()
 
     @property
     def median_step_s(self) -> float:
@@ -113,8 +149,15 @@ class Measurement:
 
 
 def read_measurement(path: str | Path) -> Measurement:
-    """Read measurement.json. Raises InputError."""
-    return read_record(Measurement, path, MEASUREMENT_SCHEMA)
+    """Read measurement.json, of this or an older version. Raises InputError."""
+    data = read_json(path)
+    found = data.pop("schema_version", None)
+    if found not in (*OLDER_SCHEMAS, MEASUREMENT_SCHEMA):
+        raise InputError(
+            f"{path}: schema_version is {found!r}, this program reads {MEASUREMENT_SCHEMA} and older: run the plan "
+            "again, or use the program that wrote it"
+        )
+    return from_plain(Measurement, data, str(path))
 
 
 def write_measurement(path: str | Path, measurement: Measurement) -> None:

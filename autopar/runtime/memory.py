@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from autopar.runtime.private import profiler_events
+from autopar.measurement import Moment
+from autopar.runtime.private import ProfilerEvent, profiler_events
 from autopar.runtime.tensor_parallel import local_tensor
 
 MEMORY_EVENT = "[memory]"
+BEGIN_MARK, END_MARK = "autopar begins: ", "autopar ends: "
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -45,11 +49,20 @@ def live_storages() -> dict[int, int]:
     return storages(tensor for tensor in tensors if tensor.device.type == "cpu")
 
 
-def measure_peak(step: Callable[[], None], device: torch.device, unseen: Mapping[int, int]) -> tuple[int, int]:
-    """Run a step and tell the bytes held before it and its peak.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peak:
+    """Bytes held before a step, the highest sum during it, and what was allocated around each of its actions."""
+
+    held: int
+    highest: int
+    moments: tuple[Moment, ...]
+
+
+def measure_peak(step: Callable[[Any], None], device: torch.device, unseen: Mapping[int, int]) -> Peak:
+    """Run a step and tell the bytes held before it, its peak, and the bytes around its actions.
 
     Args:
-        step: what to run; nothing that is alive before it may be released in it.
+        step: what to run, under an observer of actions; nothing that is alive before it may be released in it.
         device: where its tensors are.
         unseen: storages that are alive before, but perhaps not as tensors of Python (for the CPU; CUDA's allocator
             sees everything).
@@ -57,17 +70,78 @@ def measure_peak(step: Callable[[], None], device: torch.device, unseen: Mapping
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return held, torch.cuda.max_memory_allocated(device)
+        recorder = _AllocatorRecorder(device=device, held=held)
+        step(recorder)
+        return Peak(held=held, highest=held + recorder.highest(), moments=tuple(recorder.moments))
     held = sum((live_storages() | dict(unseen)).values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    running = highest = 0
-    for event in profiler_events(profiler):
+        step(_Marks())
+    highest, moments = _read_curve(profiler_events(profiler))
+    return Peak(held=held, highest=held + highest, moments=moments)
+
+
+@dataclass(kw_only=True, slots=True)
+class _AllocatorRecorder:
+    """An observer that asks CUDA's allocator, whose books are the host's: nothing waits for the device."""
+
+    device: torch.device
+    held: int
+    moments: list[Moment] = field(default_factory=list)
+    between: int = 0
+    _begin: int = 0
+
+    def __post_init__(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def begin(self, action: str) -> None:
+        """Note what is allocated."""
+        self.between = max(self.between, self._restart())
+        self._begin = torch.cuda.memory_allocated(self.device) - self.held
+
+    def end(self, action: str) -> None:
+        """Note what is allocated, and the most that was since the beginning."""
+        end, peak = torch.cuda.memory_allocated(self.device) - self.held, self._restart()
+        self.moments.append(Moment(name=action, begin_bytes=self._begin, peak_bytes=peak, end_bytes=end))
+
+    def highest(self) -> int:
+        """The most that was allocated, in actions or between them."""
+        return max(self.between, self._restart(), *(moment.peak_bytes for moment in self.moments), 0)
+
+    def _restart(self) -> int:
+        highest = torch.cuda.max_memory_allocated(self.device) - self.held
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return highest
+
+
+class _Marks:
+    """An observer that leaves marks among the profiler's events."""
+
+    def begin(self, action: str) -> None:
+        """Mark the beginning."""
+        _mark(f"{BEGIN_MARK}{action}")
+
+    def end(self, action: str) -> None:
+        """Mark the end."""
+        _mark(f"{END_MARK}{action}")
+
+
+def _mark(name: str) -> None:
+    with record_function(name):
+        pass
+
+
+def _read_curve(events: Iterable[ProfilerEvent]) -> tuple[int, tuple[Moment, ...]]:
+    """Highest sum of allocations and releases, and the sums around marked actions."""
+    running = highest = begin = peak = 0
+    moments = []
+    for event in events:
         if event.name == MEMORY_EVENT and event.on_cpu:
             running += event.num_bytes
-            highest = max(highest, running)
-    return held, held + highest
+            highest, peak = max(highest, running), max(peak, running)
+        elif event.name.startswith(BEGIN_MARK):
+            begin = peak = running
+        elif event.name.startswith(END_MARK):
+            name = event.name.removeprefix(END_MARK)
+            moments.append(Moment(name=name, begin_bytes=begin, peak_bytes=peak, end_bytes=running))
+    return highest, tuple(moments)

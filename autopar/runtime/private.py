@@ -16,7 +16,10 @@ from torch.profiler import profile
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfilerEvent:
-    """One raw event of the profiler: times in nanoseconds on its own clock, memory change in bytes."""
+    """One raw event of the profiler: times in nanoseconds on its own clock, memory change in bytes.
+
+    ``annotation`` is a label that somebody put around others, not work; ``thread`` is of the host.
+    """
 
     name: str
     start_ns: int
@@ -24,6 +27,8 @@ class ProfilerEvent:
     num_bytes: int
     asynchronous: bool
     on_cpu: bool
+    thread: int = 0
+    annotation: bool = False
 
 
 def profiler_events(profiler: profile) -> list[ProfilerEvent]:
@@ -37,6 +42,8 @@ def profiler_events(profiler: profile) -> list[ProfilerEvent]:
             num_bytes=event.nbytes(),
             asynchronous=event.is_async(),
             on_cpu="CPU" in str(event.device_type()),
+            thread=event.start_thread_id(),
+            annotation=event.is_user_annotation(),
         )
         for event in raw
     ]

@@ -22,13 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh
 import autopar
 from autopar.measurement import Measurement, NodeTraffic, RankMeasurement, write_measurement
 from autopar.plan import Plan
-from autopar.runtime.counting import count_collectives, summed
+from autopar.runtime.inspection import inspect
 from autopar.runtime.job import TrainJob, read_job
-from autopar.runtime.memory import measure_peak
 from autopar.runtime.mesh import build_mesh, used_axes
 from autopar.runtime.nodes import INTERFACE_VARIABLE, counter_paths
 from autopar.runtime.progress import Progress, report_progress, send_message
-from autopar.runtime.spans import record_spans
 from autopar.runtime.text import Corpus, standard_library
 from autopar.runtime.trainer import Trainer, build_trainer
 from autopar.runtime.worker import BACKENDS, device_name, joined
@@ -99,7 +97,7 @@ def _measure(
         trainer.prepare()
         trainer.step()
     begin("inspect")
-    rank = _inspect(trainer, device, mesh)
+    rank = inspect(trainer, device, mesh)
     dist.barrier()
     before, times = _interface_counters(), []
     for _ in range(job.steps):
@@ -109,31 +107,6 @@ def _measure(
     after = _interface_counters()
     progress.tick("collecting")
     return _collect(job, plan, device, trainer, rank, times, _traffic(before, after, job.steps))
-
-
-def _inspect(trainer: Trainer, device: torch.device, mesh: DeviceMesh | None) -> RankMeasurement:
-    trainer.prepare()
-    calls = count_collectives(trainer.step_weighing_gradients, mesh)
-    trainer.prepare()
-    held, peak = measure_peak(trainer.step, device, trainer.buckets)
-    trainer.prepare()
-    spans = record_spans(trainer.step, calls, device, dist.barrier, _first)
-    parameters, optimizer = trainer.parameter_bytes(), trainer.optimizer_bytes()
-    memory = {
-        "parameters": parameters,
-        "gradients": trainer.gradient_bytes,
-        "optimizer": optimizer,
-        "buffers": held - parameters - optimizer,
-        "transient": peak - held,
-    }
-    return RankMeasurement(rank=dist.get_rank(), peak_bytes=peak, memory=memory, collectives=summed(calls), spans=spans)
-
-
-def _first(begun_ns: int) -> int:
-    """The earliest beginning on any rank."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, begun_ns)
-    return min(everyone)
 
 
 def _interface_counters() -> tuple[int, int] | None:

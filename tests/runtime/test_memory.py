@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from autopar.runtime.memory import live_storages, local_bytes, measure_peak, storages
+from autopar.runtime.pipeline import Observer, Unobserved, observed
 
 BATCH, IN, OUT, FP32 = 64, 256, 512, 4
 WEIGHT = IN * OUT * FP32
@@ -18,36 +19,44 @@ def test_one_linear_with_adamw() -> None:
     layer = nn.Linear(IN, OUT, bias=False)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
 
-    def step() -> None:
-        output = layer(x)
-        output.backward(upstream)
-        optimizer.step()
+    def step(observer: Observer) -> None:
+        with observed(observer, "0F0"):
+            output = layer(x)
+        with observed(observer, "0B0"):
+            output.backward(upstream)
+        with observed(observer, "optimizer"):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step()
-    held, peak = measure_peak(step, torch.device("cpu"), {})
-    assert held - before == 3 * WEIGHT + FP32 + BATCH * (IN + OUT) * FP32
+    step(Unobserved())
+    peak = measure_peak(step, torch.device("cpu"), {})
+    assert peak.held - before == 3 * WEIGHT + FP32 + BATCH * (IN + OUT) * FP32
+    forward, backward, update = peak.moments
+    assert [moment.name for moment in peak.moments] == ["0F0", "0B0", "optimizer"]
+    assert (forward.begin_bytes, forward.end_bytes) == (0, BATCH * OUT * FP32)
+    assert backward.end_bytes - backward.begin_bytes == update.end_bytes - BATCH * OUT * FP32 == WEIGHT
     # The optimizer's scalars come and go while the output is still alive.
-    assert 0 <= peak - held - (BATCH * OUT * FP32 + WEIGHT) < 64
+    assert 0 <= peak.highest - peak.held - (BATCH * OUT * FP32 + WEIGHT) < 64
 
 
 def test_a_passing_allocation_is_part_of_the_peak() -> None:
-    def step() -> None:
+    def step(observer: Observer) -> None:
         big = torch.empty(1 << 20)
         del big
         small = torch.empty(1 << 10)
         del small
 
-    held, peak = measure_peak(step, torch.device("cpu"), {})
-    assert peak - held == FP32 << 20
+    peak = measure_peak(step, torch.device("cpu"), {})
+    assert peak.highest - peak.held == FP32 << 20
 
 
 def test_unseen_storages_count_once() -> None:
     kept = torch.empty(1 << 16)
     address = kept.untyped_storage().data_ptr()
-    alone, _ = measure_peak(lambda: None, torch.device("cpu"), {})
-    same, _ = measure_peak(lambda: None, torch.device("cpu"), {address: FP32 << 16})
-    other, _ = measure_peak(lambda: None, torch.device("cpu"), {1: 1000})
+    alone, same, other = (
+        measure_peak(lambda observer: None, torch.device("cpu"), unseen).held
+        for unseen in ({}, {address: FP32 << 16}, {1: 1000})
+    )
     assert same == alone and other == alone + 1000
 
 
