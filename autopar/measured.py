@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from autopar.measurement import Measurement, RankMeasurement, Span
 from autopar.errors import PlanError
+from autopar.measurement import Measurement, RankMeasurement, Span
 from autopar.plan import Plan
 from autopar.schedule.notation import Action, Direction, dependencies, parse_action, provides
 
@@ -157,8 +157,11 @@ def group_of(plan: Plan, axis: str, rank: int) -> tuple[int, ...]:
     return next(group for group in groups if rank in group)
 
 
-AXIS_PARTS: Mapping[str, tuple[str, ...]] = {"dp": ("dp_replicate", "dp_shard")}
-"""Axes of counted collectives that span several of the mesh."""
+AXIS_PARTS: Mapping[str, tuple[str, ...]] = {
+    "dp": ("dp_replicate", "dp_shard", "cp"),
+    "dp_shard": ("dp_shard", "cp"),
+}
+"""Axes of counted collectives that span several of the mesh: context parallel ranks reduce gradients too."""
 
 
 def rank_seconds(measurement: Measurement) -> tuple[RankSeconds, ...]:
@@ -174,11 +177,16 @@ def _rank_seconds(
     exposed = _exposed_by_span(rank.spans, plan)
     inside = _within_actions(rank.spans, exposed)
     communication: dict[tuple[str, str], float] = defaultdict(float)
-    for span in rank.spans:
-        if span.phase == COMMUNICATION and not _is_message(span):
-            communication[_kind_and_axis(span)] += exposed[id(span)]
     passes: dict[tuple[int, str], float] = defaultdict(float)
     bubble = transfer = between = optimizer = clock = 0.0
+    for span in rank.spans:
+        if span.phase == COMMUNICATION and not _is_message(span):
+            kind, axis = _kind_and_axis(span)
+            # The loss of four bytes that the last stage tells the others: all of it is waiting for them.
+            if axis == "pp":
+                bubble += exposed[id(span)]
+            else:
+                communication[kind, axis] += exposed[id(span)]
     for span, action in _actions(rank.spans):
         gap = max(0.0, span.start_s - clock - _outside(rank.spans, exposed, clock, span.start_s))
         arrived = _dependency_end(action, plan, rank.rank, ends)
@@ -258,7 +266,7 @@ def _overlap(left: Span, right: Span) -> float:
 
 
 def _within_actions(spans: Sequence[Span], exposed: Mapping[int, float]) -> dict[int, dict[int, float]]:
-    """Exposed seconds of communication within every action: by ``id`` of the action's span, then of the communication's.
+    """Exposed seconds of communication within every action, by ``id`` of both spans, the action's first.
 
     A communication that outlasts the action in which it began is exposed at its end first.
     """

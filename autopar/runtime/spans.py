@@ -110,7 +110,8 @@ def record_spans(
         begin, end = event.start_ns, event.start_ns + event.duration_ns
         found.append(
             Span(
-                name=name, phase=COMMUNICATION, start_s=early + (begin - mark) * NANO, end_s=early + (end - mark) * NANO,
+                name=name, phase=COMMUNICATION,
+                start_s=early + (begin - mark) * NANO, end_s=early + (end - mark) * NANO,
                 num_bytes=num_bytes, exposed_s=(end - begin - covered.within(begin, end)) * NANO,
             )
         )  # fmt: skip
