@@ -149,6 +149,7 @@ class DataHabits:
         gathered_blocks: blocks whose gathered parameters exist at once under ZeRO-3.
         owner_seconds: per rank that shards, where each owner broadcasts its parameters one after another.
         shardable: ZeRO stages that the engine has.
+        stage_one: ZeRO stage whose memory stage 1 takes: 2 where whole weights and gradients are let go as early.
     """
 
     gradient_bytes: float = 4.0
@@ -172,6 +173,7 @@ class DataHabits:
     gathered_blocks: float = 2.0
     owner_seconds: float = 0.0
     shardable: tuple[int, ...] = (0, 1, 2, 3)
+    stage_one: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,6 +52,7 @@ def rank_memory(
     """Peak of every rank. ``num_microbatches`` and ``boundary`` (bytes between stages) are [plans]."""
     stack, column = setting.stack, (slice(None), None)
     zero, shards, m = plans.zero[column], plans.shards[column], num_microbatches[column]
+    zero = np.where(zero == 1, stack.data.stage_one, zero)
     flight = _in_flight(plans, work, m)
     weights = work.parameters * setting.weight_bytes
     groups = weight_groups(plans, work)

@@ -376,7 +376,7 @@ def launch_stall_seconds(device: Floats, host: Floats, exponent: float) -> Float
 def with_overheads(work: RankWork, plans: PlanArrays, stack: Stack) -> RankWork:
     """Add the host time of wrappers around passes: any pass, pipeline actions, modules whose weights are gathered."""
     calls = stack.overheads
-    sharded = ((plans.zero >= 2) & (plans.shards > 1))[:, None] * work.num_groups
+    sharded = ((plans.zero >= 1) & (plans.shards > 1))[:, None] * work.num_groups
     action = (plans.pp > 1)[:, None] * calls.get("pipeline.action", 0.0) + calls.get("pass", 0.0)
     return dataclasses.replace(
         work,

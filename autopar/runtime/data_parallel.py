@@ -1,4 +1,11 @@
-"""Data parallelism: DDP for replicas, FSDP2 for ZeRO stages 2 and 3; gradients are reduced once per step."""
+"""Data parallelism: DDP for replicas, FSDP2 for every ZeRO stage; gradients are reduced once per step.
+
+ZeRO-1 divides the optimizer state alone. Of PyTorch's two ways to that, ZeroRedundancyOptimizer behind DDP reduces
+whole gradients to every rank and then broadcasts whole parameters; ``fully_shard`` scatters the gradients once and
+gathers the parameters once, two thirds of the traffic and the number that ZeRO counts, and composes with every other
+axis. So stages 1 and 2 run alike: parameters are whole from the first forward to the last backward and gradients until
+that backward, and both are let go as soon as nothing needs them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +25,7 @@ from autopar.runtime.mesh import data_mesh
 def replicate_or_shard(module: nn.Module, mesh: DeviceMesh | None, plan: Plan, blocks: Iterable[str]) -> nn.Module:
     """Wrap a module (the whole model or a stage) for the ranks of ``data_mesh``; without any, return it as it is.
 
-    ZeRO stage 0 is DDP. Stages 2 and 3 are ``fully_shard`` of each block and then of the rest; stage 2 keeps gathered
+    ZeRO stage 0 is DDP. The others are ``fully_shard`` of each block and then of the rest; stages 1 and 2 keep gathered
     parameters from forward to backward, stage 3 gathers them again. Two axes make hybrid sharding.
 
     Args:
@@ -44,7 +51,7 @@ def replicate_or_shard(module: nn.Module, mesh: DeviceMesh | None, plan: Plan, b
 def accumulating(module: nn.Module, *, last: bool, keep_gathered: bool) -> Iterator[None]:
     """Forward and backward of one microbatch: gradients add up locally and are reduced in the last one's backward.
 
-    ``keep_gathered`` leaves sharded parameters whole between microbatches (ZeRO stage 2).
+    ``keep_gathered`` leaves sharded parameters whole between microbatches (ZeRO stages 1 and 2).
     """
     if isinstance(module, DistributedDataParallel) and not last:
         with module.no_sync():

@@ -119,7 +119,7 @@ class ParallelModel:
         batches = zip(inputs.chunk(self.num_microbatches), targets.chunk(self.num_microbatches), strict=True)
         for index, (batch, wanted) in enumerate(batches):
             last = index == self.num_microbatches - 1
-            with accumulating(module, last=last, keep_gathered=self.plan.zero_stage == 2):
+            with accumulating(module, last=last, keep_gathered=self.plan.zero_stage < 3):
                 with observed(self.observer, f"0F{index}"):
                     loss = self._scaled_loss(module(batch), wanted)
                 with observed(self.observer, f"0B{index}"):

@@ -57,10 +57,6 @@ def _unsupported_layout(plan: Plan) -> list[Rejected]:
         found.append(
             _reject("context parallel", f"cp={layout.cp} is not supported: use cp=1 and tp or dp", cp=layout.cp)
         )
-    if plan.zero_stage == 1 and layout.dp > 1:
-        found.append(
-            _reject("zero stage", "zero_stage=1 is not supported: use 0 (DDP), 2 or 3 (fully sharded)", zero_stage=1)
-        )
     if plan.recompute is Recompute.SELECTIVE:
         found.append(_reject("recompute", "selective recomputation is not supported: use none or full"))
     if layout.vp > 1 and plan.zero_stage == 0 and layout.dp > 1:
@@ -68,7 +64,7 @@ def _unsupported_layout(plan: Plan) -> list[Rejected]:
             _reject(
                 "interleaved with DDP",
                 f"vp={layout.vp} with dp={layout.dp} and zero_stage=0 is not supported, since DDP keeps one stage per "
-                "rank: use zero_stage 2 or 3, or vp=1",
+                "rank: use zero_stage 1, 2 or 3, or vp=1",
                 vp=layout.vp, dp=layout.dp,
             )
         )  # fmt: skip

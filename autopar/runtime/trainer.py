@@ -14,13 +14,14 @@ from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan
 from autopar.runtime.job import TrainJob
 from autopar.runtime.memory import local_bytes, storages
+from autopar.runtime.optimizer import build_optimizer
 from autopar.runtime.parallel_model import ParallelModel
 from autopar.runtime.parallelize import parallelize
 from autopar.runtime.pipeline import Observer, observed
 from autopar.runtime.spans import OPTIMIZER
 from autopar.runtime.text import Corpus
 from autopar.runtime.worker import synchronize
-from autopar.workload import Optimizer, Precision
+from autopar.workload import Precision
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
 
@@ -119,12 +120,7 @@ def build_trainer(
         mesh=mesh,
     )
     model.observer = observer
-    groups = model.parameter_groups()
-    optimizer: torch.optim.Optimizer
-    if job.workload.optimizer is Optimizer.ADAMW:
-        optimizer = torch.optim.AdamW(groups, lr=job.learning_rate, fused=True)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=job.learning_rate)
+    optimizer = build_optimizer(model, job.workload.optimizer, learning_rate=job.learning_rate)
     return Trainer(job=job, plan=plan, model=model, optimizer=optimizer, corpus=corpus)
 
 

@@ -37,17 +37,20 @@ NORMS = sum(p.numel() for name, p in build(GPT).named_parameters() if "norm" in 
 PLANS = {
     1: ("mb16", "mb4", "mb4.ac-full"),
     2: (
-        "dp2.mb8", "dp2.mb2", "dp2.z2.mb8", "dp2.z2.mb2", "dp2.z3.mb8", "dp2.z3.mb2.ac-full", "tp2.mb16", "tp2.sp.mb16",
-        "pp2.mb4", "pp2.mb2.sched-gpipe", "pp2.vp2.mb4", "pp2.mb4.split-1-3",
+        "dp2.mb8", "dp2.mb2", "dp2.z1.mb8", "dp2.z1.mb2", "dp2.z2.mb8", "dp2.z2.mb2", "dp2.z3.mb8",
+        "dp2.z3.mb2.ac-full", "tp2.mb16", "tp2.sp.mb16", "pp2.mb4", "pp2.mb2.sched-gpipe", "pp2.vp2.mb4",
+        "pp2.mb4.split-1-3",
     ),
     4: (
         "dp4.mb4", "dp4.z2.mb4", "dp4.z3.mb4", "dp4.z3.rep2.mb4", "tp4.mb16", "pp4.mb4", "dp2.pp2.mb2",
-        "dp2.pp2.z2.mb2",         "dp2.pp2.z3.mb2", "dp2.tp2.mb8", "dp2.tp2.z2.sp.mb8", "tp2.pp2.sp.mb4",
+        "dp4.z1.rep2.mb4", "dp2.pp2.z1.mb2", "dp2.tp2.z1.mb8", "dp2.pp2.z2.mb2",
+        "dp2.pp2.z3.mb2", "dp2.tp2.mb8", "dp2.tp2.z2.sp.mb8", "tp2.pp2.sp.mb4",
     ),
 }  # fmt: skip
 # Adam hardly sees a gradient that is wrong by a factor; plain gradient descent does.
 SCALE_PLANS = (
     "dp4.z3.mb2",
+    "dp2.pp2.vp2.z1.mb2",
     "dp2.pp2.mb2",
     "dp2.tp2.sp.mb4.ac-full",
     "dp2.tp2.z2.mb8",
@@ -79,8 +82,13 @@ def one_process(
 ) -> list[float]:  # fmt: skip
     """An ordinary training loop over the global batch, without anything of the executor but its data."""
     module, corpus = build(model, seed), standard_library(SEQ)
-    kind = torch.optim.AdamW if optimizer is Optimizer.ADAMW else torch.optim.SGD
-    update, losses = kind(module.parameters(), lr=rate), []
+    matrices, rest = ([p for p in module.parameters() if (p.ndim > 1) is many] for many in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+    adamw = optimizer is Optimizer.ADAMW
+    update: torch.optim.Optimizer = (
+        torch.optim.AdamW(groups, lr=rate) if adamw else torch.optim.SGD(module.parameters(), lr=rate)
+    )
+    losses = []
     for step in range(steps):
         tokens = corpus.global_batch(step, BATCH)
         loss = language_model_loss(module(tokens[:, :-1]), tokens[:, 1:])
@@ -168,8 +176,8 @@ def test_data_parallel_collectives(runs: Callable[[int], dict[str, Measurement]]
     assert counted(runs(2)["dp2.mb2"]) == {("all_reduce", "dp", 2, 1, PARAMETERS)}
     assert counted(runs(4)["dp4.mb4"]) == {("all_reduce", "dp", 4, 1, PARAMETERS)}
     reduced = ("reduce_scatter", "dp", 2, groups, PARAMETERS)
-    assert counted(runs(2)["dp2.z2.mb8"]) == {("all_gather", "dp", 2, groups, PARAMETERS), reduced}
-    assert counted(runs(2)["dp2.z2.mb2"]) == {("all_gather", "dp", 2, groups, PARAMETERS), reduced}
+    for slug in ("dp2.z1.mb8", "dp2.z1.mb2", "dp2.z2.mb8", "dp2.z2.mb2"):
+        assert counted(runs(2)[slug]) == {("all_gather", "dp", 2, groups, PARAMETERS), reduced}, slug
     assert counted(runs(2)["dp2.z3.mb8"]) == {("all_gather", "dp", 2, 2 * groups, 2 * PARAMETERS), reduced}
     gathers = 2 * 4  # forward and backward of each of four microbatches
     assert counted(runs(2)["dp2.z3.mb2.ac-full"]) == {
@@ -180,11 +188,12 @@ def test_data_parallel_collectives(runs: Callable[[int], dict[str, Measurement]]
 
 def test_hybrid_sharding_collectives(runs: Callable[[int], dict[str, Measurement]]) -> None:
     groups = BLOCKS + 1
-    assert counted(runs(4)["dp4.z3.rep2.mb4"]) == {
-        ("all_gather", "dp_shard", 2, 2 * groups, 2 * PARAMETERS),
-        ("reduce_scatter", "dp_shard", 2, groups, PARAMETERS),
-        ("all_reduce", "dp_replicate", 2, groups, PARAMETERS // 2),
-    }
+    for slug, gathers in (("dp4.z1.rep2.mb4", 1), ("dp4.z3.rep2.mb4", 2)):
+        assert counted(runs(4)[slug]) == {
+            ("all_gather", "dp_shard", 2, gathers * groups, gathers * PARAMETERS),
+            ("reduce_scatter", "dp_shard", 2, groups, PARAMETERS),
+            ("all_reduce", "dp_replicate", 2, groups, PARAMETERS // 2),
+        }
 
 
 @pytest.mark.parametrize(("ranks", "slug"), [(2, "tp2.mb16"), (4, "tp4.mb16")])
@@ -235,7 +244,13 @@ def test_two_axes_at_once(runs: Callable[[int], dict[str, Measurement]]) -> None
 def test_memory_items(runs: Callable[[int], dict[str, Measurement]]) -> None:
     """AdamW keeps two moments per weight, and a step count of four bytes per tensor."""
     tensors = len(list(build(GPT).parameters()))
-    for ranks, slug, shards in ((1, "mb16", 1), (2, "dp2.mb8", 1), (2, "dp2.z2.mb8", 2), (4, "dp4.z3.mb4", 4)):
+    for ranks, slug, shards in (
+        (1, "mb16", 1),
+        (2, "dp2.mb8", 1),
+        (2, "dp2.z1.mb8", 2),
+        (2, "dp2.z2.mb8", 2),
+        (4, "dp4.z3.mb4", 4),
+    ):
         for rank in runs(ranks)[slug].ranks:
             items = rank.memory
             assert items["parameters"] == items["gradients"] == PARAMETERS // shards, slug

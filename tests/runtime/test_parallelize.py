@@ -73,7 +73,7 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     ("slug", "message"),
     [
         ("dp2.mb1", "the plan is for 2 ranks, but there are 1; start under torchrun"),
-        ("dp2.z1.mb1", "zero_stage=1 is not supported"),
+        ("mb1.ac-full2", "use ac-full (all blocks)"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(slug: str, message: str) -> None:

@@ -24,9 +24,8 @@ WORKLOAD = Workload(global_batch=16, seq_len=64, precision=Precision.FP32)
     ("slug", "microbatches", "message"),
     [
         ("cp2.mb1", 4, "cp=2 is not supported: use cp=1"),
-        ("dp2.z1.mb1", 4, "zero_stage=1 is not supported: use 0"),
         ("mb1.ac-selective", 4, "use none or full"),
-        ("pp2.vp2.dp2.mb1", 4, "use zero_stage 2 or 3, or vp=1"),
+        ("pp2.vp2.dp2.mb1", 4, "use zero_stage 1, 2 or 3, or vp=1"),
         ("mb1.ac-full3", 4, "use ac-full (all blocks)"),
         ("dp2.ep2.mb1", 4, "ep=2 is not supported: use ep=1"),
         ("pp2.mb1.sched-zb-h1", 4, "use one of gpipe, 1f1b, interleaved"),
@@ -58,7 +57,7 @@ def test_refusals_of_models() -> None:
 
 
 @pytest.mark.parametrize(
-    "slug", ["mb1", "dp4.mb1", "dp4.z3.mb1.ac-full", "tp2.pp2.dp2.z2.mb1.sp", "pp2.vp2.dp2.z2.mb1"]
+    "slug", ["mb1", "dp4.mb1", "dp4.z3.mb1.ac-full", "dp4.z1.mb1", "tp2.pp2.dp2.z2.mb1.sp", "pp2.vp2.dp2.z2.mb1"]
 )
 def test_what_runs_is_not_refused(slug: str) -> None:
     assert unsupported(parse_slug(slug), MODEL, 4) == ()
@@ -85,7 +84,7 @@ def job(**changes: object) -> TrainJob:
         ({"plans": (parse_slug("dp4.mb4"),)}, "is for 4 ranks, but there are 2"),
         ({"plans": (parse_slug("dp2.mb3"),)}, "does not divide the global batch of 16"),
         ({"plans": (parse_slug("tp2.sp.mb4"),), "workload": dataclasses.replace(WORKLOAD, seq_len=63)}, "63 tokens"),
-        ({"plans": (parse_slug("dp2.z1.mb4"),)}, "cannot be run here"),
+        ({"plans": (parse_slug("tp2.mb4.ac-full3"),)}, "cannot be run here"),
     ],
 )
 def test_impossible_jobs_are_refused(changes: dict[str, object], message: str) -> None:
