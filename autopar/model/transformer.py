@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from autopar.errors import InputError
 from autopar.model.experts import MixtureOfExperts
 from autopar.model.feed_forward import FeedForward
+from autopar.model.sequence import SequencePart
 from autopar.model.spec import ModelSpec, Norm, Position
 
 ROTARY_BASE = 10000.0
@@ -33,30 +34,36 @@ class Embedding(nn.Module):
         super().__init__()
         self.token = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.position = nn.Embedding(spec.max_seq_len, spec.hidden_size) if spec.position is Position.LEARNED else None
+        self.sequence_part = SequencePart()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] (int64) to the stream [B, S, h]. Raises InputError if S exceeds the learned positions."""
         embedded: Tensor = self.token(tokens)
         if self.position is None:
             return embedded
-        length = tokens.shape[1]
+        length = self.sequence_part.whole_length(tokens.shape[1])
         if length > self.position.num_embeddings:
             raise InputError(
                 f"a sequence of {length} tokens is longer than the model's {self.position.num_embeddings} positions"
             )
-        positions: Tensor = self.position(torch.arange(length, device=tokens.device))
+        positions: Tensor = self.position(self.sequence_part.positions(tokens.shape[1], tokens.device))
         return embedded + positions
 
 
 class Rotary(nn.Module):
     """Rotary position encoding of queries and keys (Su et al. 2021; halves rotated as in Llama)."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.sequence_part = SequencePart()
+
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate [B, S, heads, head_size]; the head counts of query and key may differ."""
         length, size = query.shape[1], query.shape[-1]
         device = query.device
         exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
-        angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), ROTARY_BASE**-exponents)
+        positions = self.sequence_part.positions(length, device).float()
+        angles = torch.outer(positions, ROTARY_BASE**-exponents)
         cos = angles.cos().repeat(1, 2).unsqueeze(1).to(query.dtype)
         sin = angles.sin().repeat(1, 2).unsqueeze(1).to(query.dtype)
         return _rotate(query, cos, sin), _rotate(key, cos, sin)
@@ -67,12 +74,25 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
+class Scores(nn.Module):
+    """Attention without its products: scores and the weighted sum of values."""
+
+    def __init__(self, *, causal: bool) -> None:
+        super().__init__()
+        self.causal, self.sequence_part = causal, SequencePart()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, S, heads, head_size] to [B, S, heads, head_size]; keys and values may have fewer heads."""
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        return self.sequence_part.attend(query, key, value, causal=self.causal).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head or grouped-query self-attention."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.head_size, self.causal = spec.head_size, spec.causal
+        self.head_size = spec.head_size
         query_width, kv_width = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
         self.qkv: nn.Linear | None = None
         if spec.fused_qkv:
@@ -83,7 +103,7 @@ class Attention(nn.Module):
             self.key = nn.Linear(spec.hidden_size, kv_width, bias=spec.bias)
             self.value = nn.Linear(spec.hidden_size, kv_width, bias=spec.bias)
         self.rotary = Rotary() if spec.position is Position.ROTARY else None
-        self.grouped = spec.num_kv_heads < spec.num_heads
+        self.sdpa = Scores(causal=spec.causal)
         self.output = nn.Linear(query_width, spec.hidden_size, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,14 +116,8 @@ class Attention(nn.Module):
         query, key, value = (part.view(batch, length, -1, self.head_size) for part in (query, key, value))
         if self.rotary is not None:
             query, key = self.rotary(query, key)
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            is_causal=self.causal,
-            enable_gqa=self.grouped,
-        )
-        attended: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+        mixed = self.sdpa(query, key, value)
+        attended: Tensor = self.output(mixed.reshape(batch, length, -1))
         return attended
 
 

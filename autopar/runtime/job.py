@@ -8,7 +8,7 @@ from pathlib import Path
 from autopar.errors import InputError, PlanError
 from autopar.model.spec import ModelSpec, Position
 from autopar.plan import Plan
-from autopar.runtime.support import check_supported, unsupported_workload
+from autopar.runtime.support import check_supported, sequence_divisor, unsupported_workload
 from autopar.workload import Workload
 from costmodels.records import read_record, write_record
 
@@ -92,8 +92,12 @@ def _check_plan(plan: Plan, job: TrainJob, world_size: int) -> None:
             f"plan {plan.slug}: dp={layout.dp} times microbatch {plan.microbatch_size} does not divide the global "
             f"batch of {workload.global_batch}"
         )
-    if plan.sequence_parallel and workload.seq_len % layout.tp:
-        raise PlanError(f"plan {plan.slug}: tp={layout.tp} does not divide a sequence of {workload.seq_len} tokens")
+    parts = sequence_divisor(plan)
+    if workload.seq_len % parts:
+        raise PlanError(
+            f"plan {plan.slug}: cp={layout.cp}, tp={layout.tp} do not divide a sequence of {workload.seq_len} tokens: "
+            f"use a multiple of {parts}"
+        )
     check_supported(plan, job.model, plan.num_microbatches(workload))
 
 

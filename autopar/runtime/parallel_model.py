@@ -15,12 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autopar.errors import InputError
 from autopar.plan import Plan
+from autopar.runtime.context_parallel import SEQUENCE_DIM, ContextPart
 from autopar.runtime.data_parallel import accumulating
 from autopar.runtime.holdings import Holding
 from autopar.runtime.mesh import submesh
 from autopar.runtime.parts import boundaries
 from autopar.runtime.pipeline import LossFn, Observer, Unobserved, build_schedule, observed
-from autopar.runtime.tensor_parallel import SEQUENCE_DIM, reduce_partial
+from autopar.runtime.support import sequence_divisor
+from autopar.runtime.tensor_parallel import reduce_partial
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,6 +39,7 @@ class ParallelModel:
         owned: this rank's parameters by name. Kept, since DDP over tensor parallel modules hides theirs.
         holdings: what of the whole model each of ``owned`` is, in the same order.
         partial_names: parameters whose gradients are summed over the tensor parallel ranks at the end of a step.
+        context: this rank's part of every sequence; None if it has them whole.
         bare_chains: all stages of the model without values, to learn the shapes between them.
         observer: told of every forward and backward (``2F0``: stage 2, forward, microbatch 0).
     """
@@ -50,6 +53,7 @@ class ParallelModel:
     owned: tuple[tuple[str, nn.Parameter], ...]
     holdings: tuple[Holding, ...]
     partial_names: frozenset[str]
+    context: ContextPart | None
     bare_chains: tuple[nn.Module, ...]
     observer: Observer = field(default_factory=Unobserved)
     _schedules: dict[tuple[torch.Size, torch.dtype], Any] = field(default_factory=dict)
@@ -79,37 +83,49 @@ class ParallelModel:
         """Forward and backward of this data parallel rank's share of the batch; gradients are then ready.
 
         Gradients are those of the mean loss of the global batch (each data parallel rank takes an equal share), added
-        to what ``.grad`` holds. Every rank of a pipeline and of a tensor parallel group passes the same share.
+        to what ``.grad`` holds. Every rank of a pipeline, of a tensor parallel and of a context parallel group
+        passes the same share, of whole sequences.
 
         Args:
-            inputs: [local batch, ...], on this rank's device.
-            targets: [local batch, ...].
+            inputs: [local batch, ...], on this rank's device; [local batch, sequence, ...] where sequences are divided.
+            targets: the same.
 
         Returns:
             Mean loss of the local batch, a scalar without gradient, on every rank.
 
         Raises:
-            InputError: the share does not divide into the microbatches or, under sequence parallelism, its sequence
-                into the tensor parallel ranks.
+            InputError: the share does not divide into the microbatches, or its sequences into the ranks that divide
+                them.
         """
-        self._check_batch(inputs)
+        self._check_batch(inputs, targets)
+        if self.context is not None:
+            inputs, targets = self.context.local(inputs), self.context.local(targets)
         loss = self._pipeline_step(inputs, targets) if self.plan.layout.pp > 1 else self._plain_step(inputs, targets)
+        if self.context is not None:
+            loss = loss.to(torch.float32)
+            dist.all_reduce(loss, dist.ReduceOp.AVG, group=self.context.group)
         if self.partial_names:
             mesh = submesh(self.mesh, "tp")
             assert mesh is not None
             reduce_partial((p for name, p in self.named_parameters() if name in self.partial_names), mesh)
         return loss
 
-    def _check_batch(self, inputs: Tensor) -> None:
+    def _check_batch(self, inputs: Tensor, targets: Tensor) -> None:
         if inputs.shape[0] % self.num_microbatches:
             raise InputError(
                 f"a local batch of {inputs.shape[0]} does not divide into {self.num_microbatches} microbatches"
             )
-        tp = self.plan.layout.tp
-        if self.plan.sequence_parallel and inputs.shape[SEQUENCE_DIM] % tp:
-            raise InputError(
-                f"sequence parallelism: tp={tp} does not divide a sequence of {inputs.shape[SEQUENCE_DIM]} tokens"
-            )
+        layout = self.plan.layout
+        parts = sequence_divisor(self.plan)
+        if parts == 1:
+            return
+        for name, tensor in (("inputs", inputs), ("targets", targets)):
+            length = tensor.shape[SEQUENCE_DIM] if tensor.dim() > SEQUENCE_DIM else 1
+            if (layout.cp > 1 or name == "inputs") and length % parts:
+                raise InputError(
+                    f"{name} have sequences of {length} tokens, which cp={layout.cp}, tp={layout.tp} divide into "
+                    f"{parts} equal parts: use a multiple of {parts}"
+                )
 
     def _scaled_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.loss_fn(outputs, targets) / self.num_microbatches

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from autopar.errors import PlanError
 from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, Recompute
+from autopar.runtime.context_parallel import ContextPart, check_parts_known, set_part
 from autopar.runtime.data_parallel import replicate_or_shard
 from autopar.runtime.holdings import Cut, cuts_by_name, find_holdings, whole_model
 from autopar.runtime.mesh import build_mesh, submesh
@@ -42,9 +43,17 @@ def parallelize(
     """Turn a module into this rank's part of it under a plan. Every rank calls it with an equal module.
 
     The module is changed and must not be used any more, only the result. What a module declares is used where the
-    plan needs it: ``pipeline_parts()`` (names of the modules before, of, and after the blocks, called one after
-    another) for a pipeline and sequence parallelism; ``tensor_parallel_plan`` (name pattern to ``colwise`` or
-    ``rowwise``) for tensor parallelism. An ``nn.Sequential`` needs no ``pipeline_parts``.
+    plan needs it. Declarations are attributes, of its class or set on it from outside:
+
+    - ``pipeline_parts()``: names of the modules before, of, and after the blocks, called one after another. For
+      pipelines, sequence parallelism and recomputation. An ``nn.Sequential`` needs none.
+    - ``tensor_parallel_plan``: name pattern (``*`` is one path component) to style, see
+      ``autopar.runtime.tensor_parallel``. For tensor parallelism.
+    - ``sequence_part``, of every submodule that encodes positions or attends: a ``SequencePart`` that it asks for both,
+      see ``autopar.model.sequence``. For context parallelism, which puts this rank's part in its place; inputs and
+      targets are then [batch, sequence, ...].
+    - ``recompute_parts``: recompute module (of ``autopar.graph.RECOMPUTE_MODULES``) to patterns of the submodules that
+      it consists of, see ``autopar.runtime.recompute``. For selective recomputation.
 
     Args:
         module: the whole model, equal on all ranks, taking one tensor whose first dimension is the batch.
@@ -67,11 +76,14 @@ def parallelize(
     tp_mesh = submesh(mesh, "tp")
     products = resolve_plan(module, tensor_parallel_plan, plan.layout.tp) if tp_mesh is not None else {}
     chains, bare_chains = _cut(module, parts, plan, mesh)
+    context = _context_part(module, plan, mesh)
     partial_names: tuple[str, ...] = ()
     divided: dict[str, tuple[Cut, ...]] = {}
     wrapped = []
     for chain in chains:
         chain.to(device)
+        if context is not None:
+            set_part(chain, context)
         if tp_mesh is not None:
             partial_names += divide(chain, tp_mesh, products, parts, sequence_parallel=plan.sequence_parallel)
         if plan.recompute is Recompute.FULL:
@@ -89,8 +101,18 @@ def parallelize(
         owned=owned,
         holdings=find_holdings(whole, owned, divided),
         partial_names=frozenset(partial_names),
+        context=context,
         bare_chains=bare_chains,
     )
+
+
+def _context_part(module: nn.Module, plan: Plan, mesh: DeviceMesh | None) -> ContextPart | None:
+    ranks = submesh(mesh, "cp")
+    if ranks is None:
+        return None
+    check_parts_known(module, plan.layout.cp)
+    recomputed = plan.recompute is Recompute.FULL or "core_attn" in plan.recomputed_modules
+    return ContextPart(ranks, gathers_again=not recomputed)
 
 
 def default_device() -> torch.device:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.nn.attention.bias import causal_lower_right
 from torch.profiler import profile
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +73,22 @@ def merged_axes(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMes
 def joined_meshes(slow: DeviceMesh, fast: DeviceMesh) -> DeviceMesh:
     """A mesh of two parts of one mesh, the axes of ``slow`` first."""
     return DeviceMesh._concatenate([slow, fast])
+
+
+def gather_first(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Parts of all ranks of a group, one after another along the first dimension."""
+    return funcol.wait_tensor(funcol.all_gather_tensor(part, 0, group))
+
+
+def scatter_first(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part, along the first dimension, of the sum of a tensor over the ranks of a group."""
+    return funcol.wait_tensor(funcol.reduce_scatter_tensor(whole, "sum", 0, group))
+
+
+def lower_right_mask(rows: int, columns: int) -> Tensor:
+    """A causal mask of the last ``rows`` of ``columns`` tokens that fused kernels know; also under a dispatch mode."""
+    with _disable_current_modes():
+        return causal_lower_right(rows, columns)  # type: ignore[no-untyped-call]
 
 
 def has_dropout(module: nn.Module) -> bool:

@@ -6,6 +6,8 @@ relies on when a user calls it with a module of their own.
 
 from __future__ import annotations
 
+import math
+
 from autopar.errors import PlanError
 from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, Recompute, Rejected, ScheduleName
@@ -47,16 +49,21 @@ def unsupported_workload(workload: Workload) -> tuple[Rejected, ...]:
     return ()
 
 
+def sequence_divisor(plan: Plan) -> int:
+    """Equal parts into which a plan cuts sequences.
+
+    Context parallel ranks have two each; under sequence parallelism tensor parallel ranks divide those of a rank.
+    """
+    context = 2 * plan.layout.cp if plan.layout.cp > 1 else 1
+    return math.lcm(context, plan.layout.cp * plan.layout.tp) if plan.sequence_parallel else context
+
+
 def _reject(reason: str, detail: str, **numbers: float) -> Rejected:
     return Rejected(reason=reason, detail=detail, numbers=numbers)
 
 
 def _unsupported_layout(plan: Plan) -> list[Rejected]:
     layout, found = plan.layout, []
-    if layout.cp > 1:
-        found.append(
-            _reject("context parallel", f"cp={layout.cp} is not supported: use cp=1 and tp or dp", cp=layout.cp)
-        )
     if plan.recompute is Recompute.SELECTIVE:
         found.append(_reject("recompute", "selective recomputation is not supported: use none or full"))
     if layout.vp > 1 and plan.zero_stage == 0 and layout.dp > 1:

@@ -23,7 +23,6 @@ WORKLOAD = Workload(global_batch=16, seq_len=64, precision=Precision.FP32)
 @pytest.mark.parametrize(
     ("slug", "microbatches", "message"),
     [
-        ("cp2.mb1", 4, "cp=2 is not supported: use cp=1"),
         ("mb1.ac-selective", 4, "use none or full"),
         ("pp2.vp2.dp2.mb1", 4, "use zero_stage 1, 2 or 3, or vp=1"),
         ("mb1.ac-full3", 4, "use ac-full (all blocks)"),
@@ -57,7 +56,8 @@ def test_refusals_of_models() -> None:
 
 
 @pytest.mark.parametrize(
-    "slug", ["mb1", "dp4.mb1", "dp4.z3.mb1.ac-full", "dp4.z1.mb1", "tp2.pp2.dp2.z2.mb1.sp", "pp2.vp2.dp2.z2.mb1"]
+    "slug",
+    ["mb1", "dp4.mb1", "cp2.mb1", "dp4.z3.mb1.ac-full", "dp4.z1.mb1", "tp2.pp2.dp2.z2.mb1.sp", "pp2.vp2.dp2.z2.mb1"],
 )
 def test_what_runs_is_not_refused(slug: str) -> None:
     assert unsupported(parse_slug(slug), MODEL, 4) == ()
