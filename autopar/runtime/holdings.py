@@ -208,17 +208,26 @@ def _counted(mine: Sequence[Holding]) -> tuple[Holding, ...]:
     rank, everyone = (dist.get_rank(), [keys] * world) if world > 1 else (0, [keys])
     if world > 1:
         dist.all_gather_object(everyone, keys)
+    return tuple(
+        Holding(name=h.name, shape=h.shape, pieces=h.pieces, copies=copies, first=number == 0)
+        for h, (copies, number) in zip(mine, number_copies(everyone, rank), strict=True)
+    )
+
+
+def number_copies(everyone: Sequence[Sequence[bytes]], rank: int) -> list[tuple[int, int]]:
+    """For each key of a rank, how many equal ones all ranks have, and how many of them come before it.
+
+    Args:
+        everyone: the keys of every rank.
+        rank: whose keys are asked about.
+    """
     copies = Counter(itertools.chain.from_iterable(everyone))
-    seen = set(itertools.chain.from_iterable(everyone[:rank]))
+    before = Counter(itertools.chain.from_iterable(everyone[:rank]))
     found = []
-    for holding, key in zip(mine, keys, strict=True):
-        found.append(
-            Holding(
-                name=holding.name, shape=holding.shape, pieces=holding.pieces, copies=copies[key], first=key not in seen
-            )
-        )
-        seen.add(key)
-    return tuple(found)
+    for key in everyone[rank]:
+        found.append((copies[key], before[key]))
+        before[key] += 1
+    return found
 
 
 def _key(holding: Holding) -> bytes:

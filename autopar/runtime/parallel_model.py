@@ -30,6 +30,7 @@ class ParallelModel:
     """What ``parallelize`` returns.
 
     Attributes:
+        name: of the model, empty if it has none.
         plan: the plan.
         mesh: DeviceMesh of the axes with more than one rank; None for a single rank.
         device: where it computes.
@@ -44,6 +45,7 @@ class ParallelModel:
         observer: told of every forward and backward (``2F0``: stage 2, forward, microbatch 0).
     """
 
+    name: str
     plan: Plan
     mesh: DeviceMesh | None
     device: torch.device

@@ -92,6 +92,7 @@ def parallelize(
         wrapped.append(replicate_or_shard(chain, mesh, plan, parts.blocks))
     owned = named_parameters(wrapped)
     return ParallelModel(
+        name=spec.name if isinstance(spec, ModelSpec) else type(module).__name__,
         plan=plan,
         mesh=mesh,
         device=device,
