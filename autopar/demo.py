@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from autopar.errors import InputError
 from autopar.estimate import Estimate, Setting, estimate
+from autopar.estimate.machine import runtime_stack
 from autopar.estimate.traffic import expected_collectives
 from autopar.graph import OpGraph
 from autopar.measurement import Measurement, read_measurement
@@ -29,7 +30,6 @@ from autopar.search.space import Space
 from autopar.validate import compare
 from autopar.workload import Precision, Workload
 from costmodels.calibration import MachineProfile, profile_cluster, read_profile
-from costmodels.stack import Stack, load_stack
 
 if TYPE_CHECKING:
     from autopar.report.content import DemoReport
@@ -162,13 +162,6 @@ def capture_model(spec: ModelSpec, workload: Workload) -> OpGraph:
         module = module.to(torch.bfloat16)
     tokens = torch.zeros((1, workload.seq_len), dtype=torch.int64)
     return capture(module, (tokens,), loss_fn=language_model_loss, targets=tokens, name=spec.name)
-
-
-def runtime_stack(profile: MachineProfile) -> Stack:
-    """autopar's own executor with the host overheads that were measured."""
-    stack = load_stack("autopar-gloo" if profile.backend == "gloo" else "autopar-nccl")
-    origin = {"overheads": "measured here, each wrapper against the same module without it"}
-    return dataclasses.replace(stack, overheads=profile.host_overheads, origins={**stack.origins, **origin})
 
 
 def plan_layouts(setting: Setting, spec: ModelSpec) -> SearchResult:

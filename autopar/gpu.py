@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autopar.demo import runtime_stack
 from autopar.errors import InputError, nearest
 from autopar.estimate import Setting, estimate
+from autopar.estimate.machine import runtime_stack
 from autopar.model.build import build_graph
 from autopar.model.presets import load_preset
 from autopar.plan import Plan, Recompute, parse_slug

@@ -356,3 +356,8 @@ def _gathered_bytes(rank: RankMeasurement, plan: Plan) -> int:
     """Weights that ZeRO-2 gathers once and keeps until the last backward."""
     gathers = [c for c in rank.collectives if c.kind == "all_gather" and c.axis.startswith("dp")]
     return sum(c.num_bytes for c in gathers) if plan.zero_stage == 2 else 0
+
+
+def place_of(measurement: Measurement, rank: int) -> int:
+    """Place of a rank in its pipeline."""
+    return measurement.plan.layout.coordinates(rank)["pp"]

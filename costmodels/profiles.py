@@ -97,6 +97,25 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Correction:
+    """A part of a profile whose measured seconds were scaled to what training runs showed (see ``corrections``).
+
+    Attributes:
+        name: forward, backward, optimizer, or a kind of collective.
+        factor: new seconds over old ones.
+        measurements: runs that it was fitted on, as plan and date.
+        num_points: items of these runs that the part had a share in.
+        date: ISO, UTC.
+    """
+
+    name: str
+    factor: float
+    measurements: tuple[str, ...]
+    num_points: int
+    date: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MachineProfile:
     """Everything measured on one machine (or emulated cluster) for one precision.
 
@@ -120,6 +139,7 @@ class MachineProfile:
             ``pipeline.action`` (one forward or backward of one microbatch), ``collective.wait`` (a collective
             between passes, while ranks that share processors wait for one).
         fits: see Fit.
+        corrections: made to the points since they were measured.
     """
 
     device_name: str
@@ -140,6 +160,7 @@ class MachineProfile:
     link_efficiency: float = 1.0
     host_overheads: Mapping[str, float] = field(default_factory=dict)
     fits: tuple[Fit, ...] = ()
+    corrections: tuple[Correction, ...] = ()
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.num_nodes < 1 or self.ranks % self.num_nodes:

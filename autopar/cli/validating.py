@@ -1,4 +1,4 @@
-"""``autopar validate``: published runs, predicted and held against what was measured."""
+"""``autopar validate``: runs, published or this program's own, predicted and held against what was measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from autopar.errors import InputError
 
 @app.command()
 def validate(
-    runs: Annotated[list[Path] | None, typer.Argument(help="CSV files of measured runs.", show_default=False)] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="CSV files of published runs, or measurement.json of own runs (or folders of them).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonFlag = False,
     out: OutOption = None,
     assumptions: Annotated[bool, typer.Option("--assumptions", help="Say what the files leave open.")] = False,
@@ -28,8 +34,28 @@ def validate(
     recipes: Annotated[
         Path | None, typer.Option("--recipes", help="CSV of published plans, held against the search, instead of runs.")
     ] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="profile.json of own runs; the nearest above them by default.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="Hardware of own runs, instead of a profile.", show_default=False)
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Correct the profile by own runs; with -o, write it there.")
+    ] = False,
 ) -> None:
-    """Predict measured runs and hold the predictions against them, or published plans against the search."""
+    """Predict measured runs and say where predictions were wrong, or hold published plans against the search."""
+    if runs and all(_is_own(path) for path in runs):
+        for flag, given in (("--stack", stack), ("--report", report), ("--recipes", recipes)):
+            if given is not None:
+                raise InputError(f"{flag} is for published runs, not for measurement.json")
+        from autopar.cli.measured import validate_measurements
+
+        validate_measurements(runs, profile=profile, cluster=cluster, calibrated=calibrate, as_json=as_json, out=out)
+        return
+    for flag, wanted in (("--profile", profile), ("--cluster", cluster), ("--calibrate", calibrate)):
+        if wanted:
+            raise InputError(f"{flag} is for measurement.json of this program's runs")
     if recipes is not None:
         _validate_recipes(recipes, runs, as_json, report or out)
         return
@@ -78,6 +104,10 @@ def validate(
             say(f"wrote {memory_bands_file()}")
     elif ship_bands:
         raise InputError("--ship-bands needs --report, which fits the bands")
+
+
+def _is_own(path: Path) -> bool:
+    return path.is_dir() or path.suffix == ".json"
 
 
 def _validate_recipes(path: Path, runs: list[Path] | None, as_json: bool, folder: Path | None) -> None:
