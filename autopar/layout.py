@@ -129,6 +129,11 @@ class Layout:
             rank, position[axis] = divmod(rank, getattr(self, axis))
         return {axis: position[axis] for axis in axes}
 
+    def data_share(self, rank: int) -> int:
+        """Which of the ``dp`` equal shares of the global batch a rank takes."""
+        position = self.coordinates(rank)
+        return position["dp_replicate"] * self.dp_shard + position["dp_shard"]
+
     def groups(self, *axes: str) -> tuple[tuple[int, ...], ...]:
         """Groups of ranks that differ only along ``axes``, in rank order.
 

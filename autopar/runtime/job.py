@@ -2,36 +2,139 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from autopar.errors import InputError, PlanError
 from autopar.model.spec import ModelSpec, Position
 from autopar.plan import Plan
+from autopar.runtime.data.tokenizer import NUM_BYTES
+from autopar.runtime.data.tokens import read_header
+from autopar.runtime.rates import RateSchedule
 from autopar.runtime.support import check_supported, sequence_divisor, unsupported_workload
 from autopar.workload import Workload
 from costmodels.records import read_record, write_record
 
 JOB_SCHEMA = 1
 DEVICES = ("cpu", "cuda")
-NUM_SYMBOLS = 256
 INSPECTED_STEPS = 3
 # DDP settles its buckets in the second step.
 LEAST_WARMUP = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Where tokens come from.
+
+    Attributes:
+        tokens: folder written by ``autopar tokenize``; empty for the standard library's sources as bytes.
+        validation: share of the tokens, their end, that is kept from training where evaluations are asked for.
+    """
+
+    tokens: str = ""
+    validation: float = 0.05
+
+    @property
+    def vocab_size(self) -> int:
+        """Every token is below it. Raises InputError if the folder holds no tokens."""
+        return read_header(Path(self.tokens)).vocab_size if self.tokens else NUM_BYTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Loss on validation samples, the same ones every time.
+
+    Attributes:
+        every: steps between evaluations; there is one at the end as well. 0 for none at all.
+        batches: global batches of an evaluation.
+    """
+
+    every: int = 0
+    batches: int = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saving:
+    """Checkpoints, in ``out_dir/checkpoints``.
+
+    Attributes:
+        every_steps: between checkpoints; 0 for none by steps.
+        every_minutes: between checkpoints; 0 for none by time.
+        at_end: one after the last step, and one when the run is told to stop.
+        keep: newest ones that stay.
+        asynchronous: write while training goes on.
+        resume: go on from the newest one that is there.
+    """
+
+    every_steps: int = 0
+    every_minutes: float = 0.0
+    at_end: bool = True
+    keep: int = 2
+    asynchronous: bool = False
+    resume: bool = True
+
+    @property
+    def any(self) -> bool:
+        """Whether there are checkpoints at all."""
+        return self.at_end or self.every_steps > 0 or self.every_minutes > 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Logging:
+    """What is told of steps.
+
+    Attributes:
+        every: steps between log lines. All steps are in metrics.csv, written at the same times.
+        tensorboard: also write event files, to ``out_dir/tensorboard``.
+        flops_per_step: useful FLOP of a step of the global batch; 0 leaves MFU out.
+        peak_flops: of one device, FLOP/s; 0 leaves MFU out.
+        flops_convention: what counts as a useful FLOP.
+    """
+
+    every: int = 10
+    tensorboard: bool = False
+    flops_per_step: float = 0.0
+    peak_flops: float = 0.0
+    flops_convention: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """What makes a job real training and not only a measurement.
+
+    Attributes:
+        rate: form of the learning rate.
+        self_check: hold the plan to one process before the first step.
+    """
+
+    rate: RateSchedule = field(default_factory=RateSchedule)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    saving: Saving = field(default_factory=Saving)
+    logging: Logging = field(default_factory=Logging)
+    self_check: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainJob:
-    """Training runs of one model and workload under several plans, one after another in the same processes.
+    """Training runs of one model and workload: several plans measured one after another, or one plan trained under.
 
     Attributes:
         plans: all of as many ranks as the job is started with.
-        steps: timed steps of each plan.
+        steps: timed steps of each plan; with ``training``, steps in all.
         warmup: steps before; the inspected ones (collectives, memory, spans) follow them and come before the timed.
-        seed: of the initial weights.
-        learning_rate: constant.
+        seed: of the initial weights and the order of samples.
+        learning_rate: constant, or the highest where ``training`` says how it changes.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        clip: greatest norm of the gradients; longer ones are shortened to it. 0 only measures the norm, None not even
+            that.
         out_dir: gets a folder for each plan, named by its slug.
         device: cpu or cuda.
+        source: where the module is from: empty for the project's own, a Hugging Face config.json, or
+            ``package.module:function``.
+        data: what to train on.
+        training: for real training under the only plan; None measures.
     """
 
     model: ModelSpec
@@ -41,13 +144,19 @@ class TrainJob:
     warmup: int = LEAST_WARMUP
     seed: int = 0
     learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = None
     out_dir: str
     device: str = "cpu"
+    source: str = ""
+    data: Data = field(default_factory=Data)
+    training: Training | None = None
 
     @property
     def total_steps(self) -> int:
         """Steps of each plan in all."""
-        return self.warmup + INSPECTED_STEPS + self.steps
+        return self.steps if self.training else self.warmup + INSPECTED_STEPS + self.steps
 
     def measurement_file(self, plan: Plan) -> Path:
         """Where the measurement of a plan goes."""
@@ -67,20 +176,54 @@ def check_job(job: TrainJob, world_size: int) -> None:
         raise InputError(f"a training job needs steps>=1 and warmup>={LEAST_WARMUP}, not {job.steps} and {job.warmup}")
     if job.device not in DEVICES:
         raise InputError(f"device is '{job.device}'; it is one of {', '.join(DEVICES)}")
-    if job.model.vocab_size < NUM_SYMBOLS:
-        raise InputError(
-            f"model {job.model.name}: text is bytes, so vocab_size is at least 256, not {job.model.vocab_size}"
-        )
-    if job.model.position is Position.LEARNED and job.workload.seq_len > job.model.max_seq_len:
-        raise InputError(
-            f"seq_len={job.workload.seq_len} is longer than the {job.model.max_seq_len} positions of {job.model.name}"
-        )
+    if job.clip is not None and not job.clip >= 0:
+        raise InputError(f"clip is {job.clip}; it is a norm, or 0 for no limit")
+    if job.training is not None:
+        _check_training(job, job.training)
+    _check_text(job)
     for reason in unsupported_workload(job.workload):
         raise InputError(reason.detail)
     if len({plan.slug for plan in job.plans}) < len(job.plans):
         raise InputError("a training job names a plan twice")
     for plan in job.plans:
         _check_plan(plan, job, world_size)
+
+
+def _check_text(job: TrainJob) -> None:
+    model, vocab_size = job.model, job.data.vocab_size
+    if model.vocab_size < vocab_size:
+        what = f"tokens of {job.data.tokens} are" if job.data.tokens else "text is bytes, so they are"
+        raise InputError(
+            f"model {model.name}: {what} below {vocab_size}, and vocab_size is at least {vocab_size}, not "
+            f"{model.vocab_size}"
+        )
+    if model.position is Position.LEARNED and job.workload.seq_len > model.max_seq_len:
+        raise InputError(
+            f"seq_len={job.workload.seq_len} is longer than the {model.max_seq_len} positions of {model.name}"
+        )
+
+
+def _check_training(job: TrainJob, training: Training) -> None:
+    rate, evaluation, saving, logging = training.rate, training.evaluation, training.saving, training.logging
+    if len(job.plans) != 1:
+        raise InputError(f"real training is under one plan, not {len(job.plans)}")
+    if not 0 <= rate.warmup_steps <= job.steps:
+        raise InputError(f"a warm-up of {rate.warmup_steps} steps does not fit a training of {job.steps}")
+    if not 0 <= rate.minimum <= 1:
+        raise InputError(f"the least learning rate is a share of the highest, 0 to 1, not {rate.minimum}")
+    if evaluation.every < 0 or evaluation.batches < 1:
+        raise InputError(
+            f"an evaluation takes at least one batch and comes every 0 (never) or more steps, not {evaluation.batches} "
+            f"and {evaluation.every}"
+        )
+    if evaluation.every and not 0 < job.data.validation < 1:
+        raise InputError(f"the share of the text kept for validation is between 0 and 1, not {job.data.validation}")
+    if saving.every_steps < 0 or saving.every_minutes < 0 or saving.keep < 1:
+        raise InputError(f"checkpoints: {saving} has a negative interval, or keeps none")
+    if logging.every < 1:
+        raise InputError(f"a log line comes every 1 or more steps, not {logging.every}")
+    if logging.tensorboard and find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the package tensorboard: pip install 'autopar[tensorboard]'")
 
 
 def _check_plan(plan: Plan, job: TrainJob, world_size: int) -> None:

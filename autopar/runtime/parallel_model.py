@@ -171,7 +171,7 @@ class ParallelModel:
             self._schedules[key] = build_schedule(
                 self.plan,
                 self.modules,
-                self._boundaries(microbatch),
+                self.boundaries(microbatch),
                 num_microbatches=self.num_microbatches,
                 loss_fn=self._scaled_loss,
                 device=self.device,
@@ -180,7 +180,8 @@ class ParallelModel:
             )
         return self._schedules[key]
 
-    def _boundaries(self, microbatch: Tensor) -> tuple[Tensor, ...]:
+    def boundaries(self, microbatch: Tensor) -> tuple[Tensor, ...]:
+        """Meta tensors: the input of every virtual stage of the model and the output of the last, on this rank."""
         first, *inner, last = boundaries(self.bare_chains, microbatch)
         if self.plan.sequence_parallel:
             inner = [x.chunk(self.plan.layout.tp, SEQUENCE_DIM)[0] for x in inner]

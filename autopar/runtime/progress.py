@@ -130,6 +130,26 @@ def _write_regularly(progress: Progress, ended: threading.Event) -> None:
             progress.write()
 
 
+class Ticks:
+    """An observer of a step's actions that reports each as it begins: a slow rank is then told from a hanging one."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def begin(self, action: str) -> None:
+        """An action begins."""
+        self._progress.tick(action)
+
+    def end(self, action: str) -> None:
+        """Nothing to tell."""
+
+
+def announce(message: Mapping[str, Any]) -> None:
+    """``send_message`` on rank 0, nothing on the others."""
+    if os.environ.get("RANK", "0") == "0":
+        send_message(message)
+
+
 def send_message(message: Mapping[str, Any]) -> None:
     """Print a message for ``launch``'s ``on_message``; meant for rank 0."""
     print(MESSAGE_PREFIX + json.dumps(message), flush=True)

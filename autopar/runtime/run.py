@@ -1,4 +1,4 @@
-"""Running plans for real: from a training job to measurements. Imports no torch; the ranks do."""
+"""Running plans for real: from a job to measurements, or to a trained model. Imports no torch; the ranks do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from autopar.measurement import Measurement, read_measurement
 from autopar.runtime.job import TrainJob, check_job, write_job
 from autopar.runtime.launch import OnMessage, launch
 from autopar.runtime.nodes import Node
+from autopar.runtime.outcome import OUTCOME, Outcome, read_outcome
 
 WORKER = "autopar.runtime.train"
 
@@ -52,3 +53,41 @@ def run_plans(
     if missing:
         raise RunError(f"the run ended well but left no measurement of {', '.join(missing)}")
     return tuple(read_measurement(file) for file in files)
+
+
+def run_training(
+    job: TrainJob,
+    *,
+    nodes: Sequence[Node],
+    ranks_per_node: int,
+    stall_timeout_s: float,
+    on_message: OnMessage | None = None,
+) -> tuple[Outcome, Measurement | None]:
+    """Train under the plan of a job that has ``training``, and return how it ended and what its first steps measured.
+
+    Files in ``out_dir``: ``job.json``, ``metrics.csv``, ``validation.csv``, ``result.json``, ``checkpoints/``, the
+    launcher's logs, and ``<slug>/measurement.json``, which stays that of an earlier run where this one made too few
+    steps. Messages to ``on_message``: ``step`` as in ``run_plans``, and ``log`` with a ``line`` to be shown.
+
+    Raises:
+        InputError, PlanError: the job cannot work; nothing was started.
+        RunError: a rank died or hung.
+    """
+    assert job.training is not None
+    check_job(job, len(nodes) * ranks_per_node)
+    out_dir, [plan] = Path(job.out_dir), job.plans
+    (out_dir / OUTCOME).unlink(missing_ok=True)
+    write_job(out_dir / "job.json", job)
+    launch(
+        WORKER,
+        out_dir / "job.json",
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        out_dir=out_dir,
+        stall_timeout_s=stall_timeout_s,
+        on_message=on_message,
+    )
+    if not (out_dir / OUTCOME).exists():
+        raise RunError(f"the run ended well but left no {out_dir / OUTCOME}")
+    file = job.measurement_file(plan)
+    return read_outcome(out_dir), read_measurement(file) if file.exists() else None

@@ -30,12 +30,15 @@ class Corpus:
     data: npt.NDArray[np.uint8]
     seq_len: int
 
-    def samples(self, start: int, count: int) -> Tensor:
-        """Samples ``start`` to ``start + count`` of an endless sequence: int64 [count, seq_len + 1], on the CPU."""
+    def rows(self, start: int, count: int) -> npt.NDArray[np.int64]:
+        """Samples ``start`` to ``start + count`` of an endless sequence: [count, seq_len + 1]."""
         positions = self.data.size - self.seq_len
         offsets = [(index * STRIDE) % positions for index in range(start, start + count)]
-        rows = np.stack([self.data[offset : offset + self.seq_len + 1] for offset in offsets])
-        return torch.from_numpy(rows.astype(np.int64))
+        return np.stack([self.data[offset : offset + self.seq_len + 1] for offset in offsets]).astype(np.int64)
+
+    def samples(self, start: int, count: int) -> Tensor:
+        """``rows`` as a tensor on the CPU."""
+        return torch.from_numpy(self.rows(start, count))
 
     def global_batch(self, step: int, global_batch: int) -> Tensor:
         """All sequences of a training step: int64 [global_batch, seq_len + 1], the same under every layout."""

@@ -1,67 +1,81 @@
-"""One plan's training loop in one rank: batches, optimizer, and steps that may be watched."""
+"""One plan's training step in one rank: model, optimizer, learning rate, and steps that may be watched."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan
 from autopar.runtime.job import TrainJob
-from autopar.runtime.memory import local_bytes, storages
-from autopar.runtime.optimizer import build_optimizer
+from autopar.runtime.memory import local_bytes
+from autopar.runtime.optimizer import AdamWOptions, build_optimizer
 from autopar.runtime.parallel_model import ParallelModel
 from autopar.runtime.parallelize import parallelize
 from autopar.runtime.pipeline import Observer, observed
+from autopar.runtime.private import has_dropout
+from autopar.runtime.rates import rate_at
 from autopar.runtime.spans import OPTIMIZER
-from autopar.runtime.text import Corpus
-from autopar.runtime.worker import synchronize
 from autopar.workload import Precision
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
 
 
-@dataclass(kw_only=True, slots=True)
-class Trainer:
-    """A model under a plan with its optimizer and data.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What a step left behind, on the device: nobody has waited for it yet.
 
     Attributes:
-        losses: mean loss of this data parallel rank's share, each step so far, on the device.
+        index: of the step, from 0.
+        loss: mean of this data parallel rank's share, a scalar.
+        grad_norm: of the whole gradient before it was clipped, a scalar; None where nobody asked.
+    """
+
+    index: int
+    loss: Tensor
+    grad_norm: Tensor | None
+
+
+@dataclass(kw_only=True, slots=True)
+class Trainer:
+    """A model under a plan with its optimizer.
+
+    Attributes:
         next_step: index of the step to come.
-        gradient_bytes: of this rank, in the last step.
-        buckets: storages that DDP keeps between steps for its gradients.
     """
 
     job: TrainJob
     plan: Plan
     model: ParallelModel
     optimizer: torch.optim.Optimizer
-    corpus: Corpus
-    losses: list[Tensor] = field(default_factory=list)
+    draws: bool
     next_step: int = 0
-    gradient_bytes: int = 0
-    buckets: dict[int, int] = field(default_factory=dict)
-    _batch: Tensor | None = None
 
-    def prepare(self) -> None:
-        """Bring the batch of the next step to the device, so that the step need not wait for it."""
-        layout, coordinates = self.plan.layout, self.plan.layout.coordinates(_rank())
-        share = coordinates["dp_replicate"] * layout.dp_shard + coordinates["dp_shard"]
-        tokens = self.corpus.share(self.next_step, self.job.workload.global_batch, share, layout.dp)
-        self._batch = tokens.to(self.model.device)
+    def step(
+        self, batch: Tensor, observer: Observer | None = None, on_gradients: Callable[[], None] | None = None
+    ) -> Step:
+        """Forward, backward, optimizer and release of gradients.
 
-    def step(self, observer: Observer | None = None) -> None:
-        """Forward, backward, optimizer and release of gradients, on the prepared batch."""
-        assert self._batch is not None
-        inputs, targets = self._batch[:, :-1], self._batch[:, 1:]
+        Args:
+            batch: this data parallel rank's share, [local batch, seq_len + 1], on the device.
+            observer: told of this step's actions instead of the usual one.
+            on_gradients: called when the gradients are there.
+        """
+        if self.draws:
+            # A function of seed and step, so that a run that goes on draws what it would have drawn.
+            torch.manual_seed(self.job.seed * 2**32 + self.next_step)
         if observer is not None:
             self.model.observer, usual = observer, self.model.observer
-        self.losses.append(self.model.train_step(inputs, targets))
+        loss = self.model.train_step(batch[:, :-1], batch[:, 1:])
+        if on_gradients is not None:
+            on_gradients()
+        norm = self._clip()
+        self._set_rate()
         if observer is None:
             self.optimizer.step()
         else:
@@ -70,30 +84,25 @@ class Trainer:
             self.model.observer = usual
         self.optimizer.zero_grad(set_to_none=True)
         self.next_step += 1
+        return Step(index=self.next_step - 1, loss=loss, grad_norm=norm)
 
-    def step_weighing_gradients(self) -> None:
-        """A step in which the bytes of gradients are noted before they are released."""
-        assert self._batch is not None
-        self.losses.append(self.model.train_step(self._batch[:, :-1], self._batch[:, 1:]))
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        self.gradient_bytes = local_bytes(gradients)
-        replicated = self.plan.zero_stage == 0 and self.plan.layout.dp > 1
-        self.buckets = storages(gradients) if replicated else {}
-        del gradients
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.next_step += 1
+    def _clip(self) -> Tensor | None:
+        if self.job.clip is None:
+            return None
+        norm: Tensor = self.model.clip_grad_norm_(self.job.clip or math.inf)
+        return norm
 
-    def timed_step(self) -> float:
-        """A step that all ranks begin together; its wall seconds on this rank."""
-        self.prepare()
-        if dist.get_world_size() > 1:
-            dist.barrier()
-        synchronize(self.model.device)
-        start = time.perf_counter()
-        self.step()
-        synchronize(self.model.device)
-        return time.perf_counter() - start
+    def _set_rate(self) -> None:
+        if self.job.training is not None:
+            rate = self.rate(self.next_step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        if self.job.training is None:
+            return self.job.learning_rate
+        return rate_at(step, peak=self.job.learning_rate, steps=self.job.steps, schedule=self.job.training.rate)
 
     def parameter_bytes(self) -> int:
         """Bytes of this rank's parameters between steps."""
@@ -107,7 +116,7 @@ class Trainer:
 
 
 def build_trainer(
-    job: TrainJob, plan: Plan, corpus: Corpus, device: torch.device, mesh: DeviceMesh | None, observer: Observer
+    job: TrainJob, plan: Plan, device: torch.device, mesh: DeviceMesh | None, observer: Observer
 ) -> Trainer:
     """Build the model from its seed, divide it by the plan, and make its optimizer."""
     module = build(job.model, job.seed).to(DTYPES[job.workload.precision])
@@ -120,9 +129,8 @@ def build_trainer(
         mesh=mesh,
     )
     model.observer = observer
-    optimizer = build_optimizer(model, job.workload.optimizer, learning_rate=job.learning_rate)
-    return Trainer(job=job, plan=plan, model=model, optimizer=optimizer, corpus=corpus)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    optimizer = build_optimizer(
+        model, job.workload.optimizer, learning_rate=job.learning_rate,
+        adamw=AdamWOptions(betas=job.betas, weight_decay=job.weight_decay),
+    )  # fmt: skip
+    return Trainer(job=job, plan=plan, model=model, optimizer=optimizer, draws=any(map(has_dropout, model.modules)))

@@ -1,0 +1,1 @@
+"""Text as training input: files, tokenizers, token caches, the order of samples, and batches ready in time."""
