@@ -20,7 +20,7 @@ from autopar.runtime.data_parallel import accumulating
 from autopar.runtime.holdings import Holding
 from autopar.runtime.mesh import submesh
 from autopar.runtime.parts import boundaries
-from autopar.runtime.pipeline import LossFn, Observer, Unobserved, build_schedule, observed
+from autopar.runtime.pipeline import LossFn, Observer, Unobserved, build_schedule, observed, rank_of
 from autopar.runtime.support import sequence_divisor
 from autopar.runtime.tensor_parallel import reduce_partial
 
@@ -148,10 +148,11 @@ class ParallelModel:
     def _pipeline_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         assert self.mesh is not None
         inputs = inputs.contiguous()
-        group, pp_rank, pp = self.mesh.get_group("pp"), self.mesh.get_local_rank("pp"), self.plan.layout.pp
+        group, pp_rank = self.mesh.get_group("pp"), self.mesh.get_local_rank("pp")
         schedule = self._schedule(inputs, group)
         losses: list[Tensor] = []
-        last = pp_rank == pp - 1
+        end = rank_of(self.plan, self.plan.num_stages - 1)
+        last = pp_rank == end
         schedule.step(
             *((inputs,) if pp_rank == 0 else ()),
             target=targets if last else None,
@@ -160,7 +161,7 @@ class ParallelModel:
         )
         total = torch.stack([loss.detach() for loss in losses]).sum() if last else torch.zeros((), device=self.device)
         total = total.to(torch.float32)
-        dist.broadcast(total, group=group, group_src=pp - 1)
+        dist.broadcast(total, group=group, group_src=end)
         return total
 
     def _schedule(self, inputs: Tensor, group: dist.ProcessGroup) -> Any:

@@ -24,7 +24,7 @@ from autopar.runtime.holdings import Cut, cuts_by_name, find_holdings, whole_mod
 from autopar.runtime.mesh import build_mesh, submesh
 from autopar.runtime.parallel_model import ParallelModel, named_parameters
 from autopar.runtime.parts import Chain, Parts, find_parts, skeleton
-from autopar.runtime.pipeline import LossFn, local_stages
+from autopar.runtime.pipeline import LossFn, stages_of_rank
 from autopar.runtime.private import has_dropout
 from autopar.runtime.support import check_supported
 from autopar.runtime.tensor_parallel import divide, resolve_plan
@@ -144,7 +144,7 @@ def _cut(
     owners = [{id(p) for name in stage for p in module.get_submodule(name).parameters()} for stage in stages]
     if sum(map(len, owners)) != len(covered):
         raise PlanError(f"pp={plan.layout.pp} would put shared parameters on several stages: use pp=1 or untie them")
-    chains: list[nn.Module] = [Chain(module, stages[i]) for i in local_stages(plan, mesh.get_local_rank("pp"))]
+    chains: list[nn.Module] = [Chain(module, stages[i]) for i in stages_of_rank(plan, mesh.get_local_rank("pp"))]
     return chains, tuple(Chain(bare, stage) for stage in stages)
 
 

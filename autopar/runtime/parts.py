@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autopar.errors import PlanError
 from autopar.plan import Plan
+from autopar.runtime.gradients import add_nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +77,11 @@ class Chain(nn.Module):
                 parent = parent.get_submodule(component)
             parent.add_module(leaf, whole.get_submodule(name))
 
-    def forward(self, x: Any) -> Any:
-        """Pass ``x`` through the parts."""
+    def forward(self, *inputs: Any) -> Any:
+        """Pass an input through the parts. Without one, a scalar zero that depends on all parameters: see gradients."""
+        if not inputs:
+            return add_nothing(tuple(self.parameters()))
+        (x,) = inputs
         for name in self.part_names:
             x = self.get_submodule(name)(x)
         return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.attention.bias import causal_lower_right
 from torch.profiler import profile
@@ -99,3 +101,22 @@ def has_dropout(module: nn.Module) -> bool:
 def is_strided_shard(placement: Placement) -> bool:
     """Whether an axis of a mesh divides what a later axis has divided before, as FSDP does over tensor parallelism."""
     return isinstance(placement, _StridedShard)
+
+
+def pipeline_runtime(
+    stages: Sequence[PipelineStage],
+    rows: Sequence[Sequence[str]],
+    num_microbatches: int,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+) -> _PipelineScheduleRuntime:
+    """What runs a schedule given as data; its ``step`` takes the local batch. Gradients are not scaled.
+
+    Args:
+        stages: of this rank, in the order of the model.
+        rows: for every rank of the pipeline its actions, as ``autopar.schedule.notation`` writes them.
+        num_microbatches: per step.
+        loss_fn: of one microbatch.
+    """
+    runtime = _PipelineScheduleRuntime(list(stages), num_microbatches, loss_fn=loss_fn, scale_grads=False)
+    runtime._prepare_schedule_with_comms({rank: [_Action.from_str(step) for step in row] for rank, row in enumerate(rows)})
+    return runtime
