@@ -14,8 +14,9 @@ import numpy as np
 from autopar.estimate.setting import Setting
 from autopar.graph import Op, OpKind, Split
 from autopar.measurement import CountedCollective
-from autopar.plan import Plan, Recompute
+from autopar.plan import V_SCHEDULES, Plan, Recompute
 from autopar.schedule.actions import Action, Direction, build_schedule
+from autopar.schedule.notation import rank_of_stage
 from autopar.shard import Degrees, boundary_bytes, owned_parameters, parameter_share, tensor_collectives
 from costmodels.stack import Stack
 
@@ -54,7 +55,7 @@ def expected_collectives(setting: Setting, plan: Plan) -> tuple[tuple[CountedCol
     entries = []
     for rank in range(layout.pp):
         ledger = _Ledger()
-        for stage in range(rank, plan.num_stages, layout.pp):
+        for stage in sorted({action.stage for action in schedule[rank]}):
             held = range(first_block[stage], first_block[stage + 1])
             by_block = [graph.block_ops(block) for block in held]
             before = graph.block_ops(-1) if stage == 0 else ()
@@ -140,14 +141,18 @@ def num_gathers(actions: Sequence[Action], plan: Plan) -> int:
     gathers, gathered = 0, False
     for action in actions:
         gathers += not gathered
-        gathered = action.direction is Direction.BACKWARD and plan.layout.pp > 1
+        gathered = action.direction is not Direction.FORWARD and plan.layout.pp > 1
     return gathers
+
+
+def _rank_of(plan: Plan, stage: int) -> int:
+    return rank_of_stage(stage, plan.layout.pp, plan.schedule in V_SCHEDULES)
 
 
 def _count_pipeline(ledger: _Ledger, setting: Setting, plan: Plan, stage: int, m: int) -> None:
     size = m * float(boundary_bytes(setting.graph, _degrees(plan), setting.stack))
     for neighbour in (stage - 1, stage + 1):
-        if 0 <= neighbour < plan.num_stages:
+        if 0 <= neighbour < plan.num_stages and _rank_of(plan, neighbour) != _rank_of(plan, stage):
             for kind in ("send", "recv"):
                 ledger.add(kind, "pp", plan.layout.pp, m, size)
     if stage < plan.layout.pp:

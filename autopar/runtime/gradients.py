@@ -1,9 +1,8 @@
-"""Reducing gradients that were accumulated without it: by the reducer of DDP and of FSDP2, whenever one wants.
+"""Reducing gradients that were accumulated without it, by the reducers of DDP and of FSDP2, when one wants.
 
-Both reduce by hooks of a backward pass. Under a pipeline the last backward of a stage is not always the place: gradients
-of weights may be taken apart, without any hook, and the gradient of the input should be on its way to the stage before
-ahead of a reduction. A backward pass that adds nothing calls the hooks then. It starts from the module, called without
-input.
+Both reduce by hooks of a backward pass. In a pipeline the last backward of a stage may be the wrong place: gradients of
+weights are taken apart, without hooks, and the gradient of the input should be on its way before a reduction. Then a
+backward pass that adds nothing calls the hooks. It starts from the module, called without input.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Parts:
 
     def stages(self, plan: Plan) -> tuple[tuple[str, ...], ...]:
         """Names of the parts of every virtual stage, in the order of the model. Raises PlanError."""
-        if plan.num_stages > len(self.blocks):
+        if plan.num_stages > len(self.blocks) and not plan.stage_blocks:
             raise PlanError(f"plan {plan.slug}: {plan.num_stages} stages for a model of {len(self.blocks)} blocks")
         counts = plan.blocks_of_stages(len(self.blocks))
         if sum(counts) != len(self.blocks):
@@ -40,6 +40,10 @@ class Parts:
         stages = [self.blocks[end - count : end] for end, count in zip(ends, counts, strict=True)]
         stages[0] = self.first + stages[0]
         stages[-1] = stages[-1] + self.last
+        if () in stages:
+            raise PlanError(
+                f"plan {plan.slug} leaves stage {stages.index(())} empty: the model has no part there beside its blocks"
+            )
         return tuple(stages)
 
 

@@ -1,9 +1,8 @@
 """Pipeline parallelism by torch.distributed.pipelining: a plan's schedule as data, run action by action.
 
-The actions are those of ``autopar.schedule``, which the simulation prices. PyTorch's runtime adds what goes between ranks.
-Gradients are accumulated over the microbatches and reduced over the data parallel ranks once, after a stage's last
-backward: on the first stage, whose last backward ends the step, during it; on the others once the gradient of the input
-is under way.
+The actions are those of ``autopar.schedule``, which the simulation prices. PyTorch's runtime adds what goes between
+ranks. Gradients are reduced over the data parallel ranks once, after a stage's last backward: on the first stage, whose
+last backward ends the step, during it; on the others when the gradient of the input is under way.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ class ObservedStage(PipelineStage):
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> Any:
         """Backward of one microbatch, or the part of it that gives the gradient of the input."""
-        if not full_backward:
+        if not (full_backward or self.is_first):
             self._gather()
         with (
             observed(self.observer, f"{self.stage_index}{'B' if full_backward else 'I'}{bwd_chunk_id}"),
@@ -116,7 +115,8 @@ class ObservedStage(PipelineStage):
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> Any:
         """The other part: gradients of the weights. On the first stage, whose input needs no gradient, all of it."""
-        self._gather()
+        if not self.is_first:
+            self._gather()
         with (
             observed(self.observer, f"{self.stage_index}W{bwd_chunk_id}"),
             self._reducing(last_backward and self.is_first),

@@ -118,5 +118,7 @@ def pipeline_runtime(
         loss_fn: of one microbatch.
     """
     runtime = _PipelineScheduleRuntime(list(stages), num_microbatches, loss_fn=loss_fn, scale_grads=False)
-    runtime._prepare_schedule_with_comms({rank: [_Action.from_str(step) for step in row] for rank, row in enumerate(rows)})
+    runtime._prepare_schedule_with_comms(
+        {rank: [_Action.from_str(step) for step in row] for rank, row in enumerate(rows)}
+    )
     return runtime

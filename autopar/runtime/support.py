@@ -10,10 +10,11 @@ import math
 
 from autopar.errors import PlanError
 from autopar.model.spec import ModelSpec
-from autopar.plan import Plan, Recompute, Rejected, ScheduleName
+from autopar.plan import Plan, Recompute, Rejected, ScheduleName, fewest_microbatches
 from autopar.workload import Precision, Workload
 
-SCHEDULES = (ScheduleName.GPIPE, ScheduleName.ONE_F_ONE_B, ScheduleName.INTERLEAVED)
+SPLIT_BACKWARD = (ScheduleName.ZB_H1, ScheduleName.ZB_H2, ScheduleName.ZB_V, ScheduleName.DUALPIPE_V)
+"""Schedules that take gradients of inputs and of weights apart."""
 
 
 def unsupported(plan: Plan, spec: ModelSpec | None = None, num_microbatches: int | None = None) -> tuple[Rejected, ...]:
@@ -66,15 +67,14 @@ def _unsupported_layout(plan: Plan) -> list[Rejected]:
     layout, found = plan.layout, []
     if plan.recompute is Recompute.SELECTIVE:
         found.append(_reject("recompute", "selective recomputation is not supported: use none or full"))
-    if layout.vp > 1 and plan.zero_stage == 0 and layout.dp > 1:
+    if plan.recompute is Recompute.SELECTIVE and layout.pp > 1 and plan.schedule in SPLIT_BACKWARD:
         found.append(
             _reject(
-                "interleaved with DDP",
-                f"vp={layout.vp} with dp={layout.dp} and zero_stage=0 is not supported, since DDP keeps one stage per "
-                "rank: use zero_stage 1, 2 or 3, or vp=1",
-                vp=layout.vp, dp=layout.dp,
+                "recompute",
+                f"the {plan.schedule} schedule goes through a block's backward twice, which PyTorch's selective "
+                "recomputation refuses: use recompute none or full, or sched-1f1b",
             )
-        )  # fmt: skip
+        )
     if plan.recompute_layers:
         found.append(_reject("recompute", f"ac-full{plan.recompute_layers} is not supported: use ac-full (all blocks)"))
     for axis, degree in (("ep", layout.ep), ("etp", layout.etp)):
@@ -82,11 +82,6 @@ def _unsupported_layout(plan: Plan) -> list[Rejected]:
             found.append(
                 _reject("expert parallel", f"{axis}={degree} is not supported: use {axis}=1", **{axis: degree})
             )
-    if plan.schedule not in SCHEDULES:
-        names = ", ".join(SCHEDULES)
-        found.append(_reject("schedule", f"the {plan.schedule} schedule is not supported: use one of {names}"))
-    if plan.schedule is ScheduleName.INTERLEAVED and layout.pp > 1 and layout.vp == 1:
-        found.append(_reject("schedule", "the interleaved schedule needs vp>=2: use 1f1b with vp=1", vp=1))
     if plan.sequence_parallel and layout.tp == 1:
         found.append(_reject("sequence parallel", "sequence parallelism divides over tp ranks: use tp>=2 or drop sp"))
     return found
@@ -123,11 +118,12 @@ def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
                     name, f"tp={layout.tp} does not divide the {name}, {size}: use a divisor", tp=layout.tp, size=size
                 )
             )
-    if plan.num_stages > spec.num_layers:
+    if plan.num_stages > spec.num_layers and not plan.stage_blocks:
         found.append(
             _reject(
                 "stages",
-                f"pp*vp={plan.num_stages} stages for {spec.num_layers} blocks: use {spec.num_layers} or fewer",
+                f"pp*vp={plan.num_stages} stages for {spec.num_layers} blocks: use {spec.num_layers} or fewer, or "
+                "a split with 0 blocks on the first and last stage",
                 stages=plan.num_stages, blocks=spec.num_layers,
             )
         )  # fmt: skip
@@ -143,13 +139,11 @@ def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
 
 def _unsupported_microbatches(plan: Plan, num_microbatches: int) -> list[Rejected]:
     pp = plan.layout.pp
-    if pp > 1 and plan.schedule is ScheduleName.ONE_F_ONE_B and num_microbatches < pp:
-        detail = (
-            f"1f1b over pp={pp} stages takes at least {pp} microbatches, not {num_microbatches}: use a smaller "
-            "microbatch or sched-gpipe"
-        )
-        return [_reject("microbatches", detail, microbatches=num_microbatches, pp=pp)]
-    if pp > 1 and plan.schedule is ScheduleName.INTERLEAVED and num_microbatches % pp:
-        detail = f"the interleaved schedule takes a multiple of pp={pp} microbatches, not {num_microbatches}"
-        return [_reject("microbatches", detail, microbatches=num_microbatches, pp=pp)]
-    return []
+    fewest = fewest_microbatches(plan.schedule, pp)
+    if plan.schedule is not ScheduleName.DUALPIPE_V or num_microbatches >= fewest:
+        return []
+    detail = (
+        f"the dualpipe-v schedule over pp={pp} ranks takes at least {fewest} microbatches, not {num_microbatches}: use "
+        "a smaller microbatch or sched-zb-v"
+    )
+    return [_reject("microbatches", detail, microbatches=num_microbatches, pp=pp)]

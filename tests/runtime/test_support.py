@@ -24,17 +24,13 @@ WORKLOAD = Workload(global_batch=16, seq_len=64, precision=Precision.FP32)
     ("slug", "microbatches", "message"),
     [
         ("mb1.ac-selective", 4, "use none or full"),
-        ("pp2.vp2.dp2.mb1", 4, "use zero_stage 1, 2 or 3, or vp=1"),
         ("mb1.ac-full3", 4, "use ac-full (all blocks)"),
         ("dp2.ep2.mb1", 4, "ep=2 is not supported: use ep=1"),
-        ("pp2.mb1.sched-zb-h1", 4, "use one of gpipe, 1f1b, interleaved"),
-        ("pp2.mb1.sched-interleaved", 4, "needs vp>=2"),
         ("mb1.sp", 4, "use tp>=2 or drop sp"),
         ("tp16.mb1", 4, "does not divide the query heads, 8"),
         ("pp16.mb1", 16, "16 stages for 8 blocks"),
         ("pp2.mb1.split-3-4", 4, "adds up to 7 of 8 blocks"),
-        ("pp4.mb1", 2, "takes at least 4 microbatches, not 2"),
-        ("pp2.vp2.mb1", 3, "multiple of pp=2 microbatches, not 3"),
+        ("pp2.vp2.mb1.sched-dualpipe-v", 3, "at least 4 microbatches, not 3: use a smaller microbatch or sched-zb-v"),
     ],
 )
 def test_refusals_say_what_to_use(slug: str, microbatches: int, message: str) -> None:
@@ -57,7 +53,19 @@ def test_refusals_of_models() -> None:
 
 @pytest.mark.parametrize(
     "slug",
-    ["mb1", "dp4.mb1", "cp2.mb1", "dp4.z3.mb1.ac-full", "dp4.z1.mb1", "tp2.pp2.dp2.z2.mb1.sp", "pp2.vp2.dp2.z2.mb1"],
+    [
+        "mb1",
+        "dp4.mb1",
+        "dp4.z3.mb1.ac-full",
+        "dp4.z1.mb1",
+        "cp2.mb1",
+        "tp2.pp2.dp2.z2.mb1.sp",
+        "pp2.vp2.dp2.z2.mb1",
+        "pp2.vp2.dp2.mb1",
+        "pp2.mb1.sched-zb-h1.ac-full",
+        "pp2.vp2.dp2.z3.mb1.sched-dualpipe-v",
+        "pp10.mb1.split-0-1x8-0",
+    ],
 )
 def test_what_runs_is_not_refused(slug: str) -> None:
     assert unsupported(parse_slug(slug), MODEL, 4) == ()
