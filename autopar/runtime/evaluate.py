@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from autopar.runtime.parallel_model import ParallelModel
-from autopar.runtime.pipeline import local_stages
+from autopar.runtime.pipeline import rank_of, stages_of_rank
 
 
 @torch.no_grad()
@@ -44,8 +44,8 @@ def _pipeline_loss(model: ParallelModel, microbatches: list[tuple[Tensor, Tensor
     """Microbatch after microbatch through all stages; ranks work at different microbatches at the same time."""
     assert model.mesh is not None
     group, pp_rank, plan = model.mesh.get_group("pp"), model.mesh.get_local_rank("pp"), model.plan
-    owner = {stage: rank for rank in range(plan.layout.pp) for stage in local_stages(plan, rank)}
-    mine, last = dict(zip(local_stages(plan, pp_rank), model.modules, strict=True)), plan.num_stages - 1
+    owner = {stage: rank_of(plan, stage) for stage in range(plan.num_stages)}
+    mine, last = dict(zip(stages_of_rank(plan, pp_rank), model.modules, strict=True)), plan.num_stages - 1
     shapes = model.boundaries(microbatches[0][0])
     total = torch.zeros((), device=model.device)
     for batch, wanted in microbatches:
