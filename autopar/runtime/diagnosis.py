@@ -1,4 +1,4 @@
-"""Which rank is to blame when a run fails, in one message.
+"""Which rank is to blame when a run fails or hangs, in one line, with the end of its log.
 
 When one rank dies, the others fail moments later because their connections break. A rank that a signal killed, or
 else the one that reported its failure first, is the cause; the rest is left out.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from autopar.errors import RunError
 from autopar.runtime import processes
 from autopar.runtime.progress import DONE, FAILED, STARTING, Status
 
@@ -26,6 +27,42 @@ _ENTRY = re.compile(r"^\s+rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """What ended a run.
+
+    Attributes:
+        what: one line: the rank, what happened to it, and where it was.
+        details: further lines, such as the end of its error log; may be empty.
+        rank: that is to blame; None where none could be told from the others.
+        begun: whether that rank had begun with a plan.
+        error: that the rank itself reported, with its type; empty if it was killed or hung.
+    """
+
+    what: str
+    details: str = ""
+    rank: int | None = None
+    begun: bool = False
+    error: str = ""
+
+    @property
+    def text(self) -> str:
+        """Everything there is to say."""
+        return f"{self.what}{self.details}"
+
+
+class RunFault(RunError):
+    """A run ended by a fault of a rank.
+
+    Attributes:
+        fault: which and where.
+    """
+
+    def __init__(self, fault: Fault, note: str = "") -> None:
+        super().__init__(f"{fault.text}\n{note}" if note else fault.text)
+        self.fault = fault
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Cause:
     """A rank and how it ended; ``exit_code`` is negative for a signal and None where nobody noticed it."""
 
@@ -33,7 +70,7 @@ class _Cause:
     exit_code: int | None
 
 
-def explain_failure(agent_logs: Sequence[str], statuses: Mapping[int, Status], world_size: int, log_of: LogOf) -> str:
+def explain_failure(agent_logs: Sequence[str], statuses: Mapping[int, Status], world_size: int, log_of: LogOf) -> Fault:
     """Name the rank that ended a run: what it was doing, exit code or signal, and the end of its error log.
 
     Args:
@@ -46,14 +83,18 @@ def explain_failure(agent_logs: Sequence[str], statuses: Mapping[int, Status], w
     cause = _first_cause(exit_codes, statuses)
     if cause is None:
         last = "\n".join(_last_lines("\n".join(agent_logs)))
-        return f"the run could not be started or ended badly; torchrun said:\n{last}"
+        return Fault(what="the run could not be started or ended badly; torchrun said:", details=f"\n{last}")
     status = statuses.get(cause.rank)
-    if status is not None and status.state == FAILED:
-        # Whatever torchrun noted is how the process went after its work had failed.
-        text = f"rank {cause.rank} of {world_size} failed {_place(status)}: {status.error}"
-    else:
-        text = f"rank {cause.rank} of {world_size} {_ending(cause.exit_code)} {_place(status)}"
-    return text + _log_end(cause.rank, log_of, _last_lines)
+    # Of a rank that told its failure, whatever torchrun noted is how the process went afterwards.
+    error = status.error if status is not None and status.state == FAILED else ""
+    ending = f"failed {place_of(status)}: {error}" if error else f"{_ending(cause.exit_code)} {place_of(status)}"
+    return Fault(
+        what=f"rank {cause.rank} of {world_size} {ending}",
+        details=_log_end(cause.rank, log_of, _last_lines),
+        rank=cause.rank,
+        begun=_begun(status),
+        error=error,
+    )
 
 
 def _first_cause(exit_codes: Mapping[int, int], statuses: Mapping[int, Status]) -> _Cause | None:
@@ -87,38 +128,60 @@ def _ending(exit_code: int | None) -> str:
     return f"was killed by {name}{hint}"
 
 
-def explain_stall(statuses: Mapping[int, Status], world_size: int, stall_timeout_s: float, log_of: LogOf) -> str:
+def explain_stall(statuses: Mapping[int, Status], world_size: int, stall_timeout_s: float, log_of: LogOf) -> Fault:
     """Name the ranks that a run without progress waits for, with the end of their error logs.
 
-    A rank whose process is stopped or no longer reports is to blame; else those that never started; else those that
-    got least far. Ranks that still run are asked for a stack dump first, which is then the end of their log.
+    Ranks that still run are asked for a stack dump first, which is then the end of their log. Their processes must be
+    on this machine.
     """
     alive = {rank: status for rank, status in statuses.items() if processes.state_of(status.pid)}
     processes.send((status.pid for status in alive.values()), signal.SIGUSR1)
     time.sleep(DUMP_S)
     stopped = [rank for rank, status in alive.items() if processes.state_of(status.pid) in ("T", "t")]
+    suspects, what = (stopped, "is stopped") if stopped else slowest_ranks(statuses, world_size, FROZEN_S)
+    first, *others = suspects
+    lines = [f"; no rank made progress for {stall_timeout_s:g} s{_log_end(first, log_of, _innermost_calls)}"]
+    for rank in others[:3]:
+        place = place_of(statuses.get(rank))
+        lines.append(f"rank {rank} of {world_size} {what} {place}{_log_end(rank, log_of, _innermost_calls)}")
+    if len(others) > 3:
+        lines.append(f"and {len(others) - 3} more ranks")
+    return Fault(
+        what=f"rank {first} of {world_size} {what} {place_of(statuses.get(first))}",
+        details="\n".join(lines),
+        rank=first,
+        begun=_begun(statuses.get(first)),
+    )
+
+
+def slowest_ranks(statuses: Mapping[int, Status], world_size: int, frozen_s: float) -> tuple[list[int], str]:
+    """Ranks that a run without progress waits for, and what is wrong with them; never empty.
+
+    Those whose last report is ``frozen_s`` seconds older than the latest of any rank; else those that never started;
+    else those that got least far.
+    """
     latest = max((status.time for status in statuses.values()), default=0.0)
-    silent = [rank for rank, s in statuses.items() if s.state != DONE and latest - s.time > FROZEN_S]
+    silent = [rank for rank, s in statuses.items() if s.state != DONE and latest - s.time > frozen_s]
+    if silent:
+        return silent, "does not respond"
     missing = [rank for rank in range(world_size) if rank not in statuses]
+    if missing:
+        return missing, "never reported"
     waiting = [status for status in statuses.values() if status.state != DONE]
     least = min((status.count for status in waiting), default=0)
-    behind = [status.rank for status in waiting if status.count == least]
-    suspects = stopped or silent or missing or behind or list(range(world_size))
-    what = "is stopped" if stopped else "does not respond" if silent else "never reported" if missing else "hangs"
-    lines = [f"no rank made progress for {stall_timeout_s:g} s: the run was ended"]
-    for rank in suspects[:4]:
-        place = _place(statuses.get(rank))
-        lines.append(f"rank {rank} of {world_size} {what} {place}{_log_end(rank, log_of, _innermost_calls)}")
-    if len(suspects) > 4:
-        lines.append(f"and {len(suspects) - 4} more ranks")
-    return "\n".join(lines)
+    return [status.rank for status in waiting if status.count == least] or list(range(world_size)), "hangs"
 
 
-def _place(status: Status | None) -> str:
+def place_of(status: Status | None) -> str:
+    """Where a rank was, as words that follow what happened to it."""
     if status is None or status.state == STARTING:
         return "before its first step"
     action = f", {status.doing}" if status.doing else ""
     return f"at plan {status.plan}, step {status.step}{action}" if status.plan else f"at step {status.step}{action}"
+
+
+def _begun(status: Status | None) -> bool:
+    return status is not None and status.plan != ""
 
 
 def _log_end(rank: int, log_of: LogOf, pick: Callable[[str], list[str]]) -> str:

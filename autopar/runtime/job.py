@@ -135,6 +135,7 @@ class TrainJob:
             ``package.module:function``.
         data: what to train on.
         training: for real training under the only plan; None measures.
+        timeout_s: seconds without progress after which a rank says where it is and ends, so that all are started again.
     """
 
     model: ModelSpec
@@ -152,6 +153,7 @@ class TrainJob:
     source: str = ""
     data: Data = field(default_factory=Data)
     training: Training | None = None
+    timeout_s: float = 180.0
 
     @property
     def total_steps(self) -> int:

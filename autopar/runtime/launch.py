@@ -1,42 +1,26 @@
-"""Starting ranks under torchrun on every node, watching them, and ending all of them whatever happens.
+"""Starting ranks under torchrun on every node, watching them, and starting them again after a fault.
 
-Files in ``out_dir``: ``rank<r>.json`` (status, see ``progress``), ``rank<r>.out`` and ``rank<r>.err`` (what the rank
-printed), ``node<i>.log`` (what its torchrun printed).
+A start is ended as a whole, and begun as a whole: ranks that lost a peer have nothing to go on with, and new processes
+with a new rendezvous keep nothing of the old. So a rank that hangs, which torchrun does not notice, is treated like one
+that was killed. Where every node is started by itself, see ``cluster``, torchrun restarts the ranks instead.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from autopar.errors import RunError
-from autopar.runtime.diagnosis import explain_failure, explain_stall
-from autopar.runtime.nodes import INTERFACE_VARIABLE, LOCAL_ADDRESS, Node
-from autopar.runtime.processes import MARK_VARIABLE, end_marked
-from autopar.runtime.progress import (
-    FAILED,
-    FOLDER_VARIABLE,
-    LAUNCHER_VARIABLE,
-    MESSAGE_PREFIX,
-    Status,
-    read_statuses,
-    status_name,
-)
+from autopar.runtime.attempt import Attempt
+from autopar.runtime.diagnosis import Fault, RunFault, explain_failure, explain_stall
+from autopar.runtime.nodes import Node
+from autopar.runtime.progress import FAILED, read_statuses
 
 POLL_S = 0.1
 SETTLE_S = 5.0
 START_TIMEOUT_S = 120.0
-TERM_GRACE_S = 2.0
 OnMessage = Callable[[dict[str, Any]], None]
 
 
@@ -48,6 +32,7 @@ def launch(
     ranks_per_node: int,
     out_dir: Path,
     stall_timeout_s: float,
+    max_restarts: int = 0,
     on_message: OnMessage | None = None,
 ) -> None:
     """Run ``python -m module job`` as ``ranks_per_node`` ranks on every node, until all of them end well.
@@ -57,178 +42,90 @@ def launch(
         job: file that the module gets as its only argument.
         nodes: where to run; the first one is the one that the others connect to.
         ranks_per_node: ranks on each node; ranks of a node are neighbours.
-        out_dir: gets the logs and status files; made if missing.
+        out_dir: gets the logs and status files (see ``attempt``); made if missing. Those of starts before the last
+            are in ``attempt0``, ``attempt1``, ...
         stall_timeout_s: longest time without any progress of any rank (see ``progress``) or any message. Until every
             rank has reported once, which takes importing torch, it is at least two minutes.
-        on_message: called with each message that rank 0 prints (``progress.send_message``).
+        max_restarts: starts after the first one, each after a rank was killed, failed or hung. What the module does
+            when it is started again, such as going on from a checkpoint, is its own matter.
+        on_message: called with each message that rank 0 prints (``progress.send_message``), and before each restart
+            with the keys ``event`` (restart), ``rank``, ``what`` (one line), ``restart`` and ``of``.
 
     Raises:
-        RunError: a rank died or hung, or torchrun could not start. All ranks on all nodes are ended before.
+        RunFault: a rank was killed, failed or hung, and there are no restarts left or they would not help.
+        RunError: torchrun could not start. All ranks on all nodes are ended before.
     """
     out_dir = out_dir.resolve()
     out_dir.mkdir(parents=True, exist_ok=True)
-    for rank in range(len(nodes) * ranks_per_node):
-        for name in (status_name(rank), f"rank{rank}.out", f"rank{rank}.err"):
-            (out_dir / name).unlink(missing_ok=True)
-    run = _Run(module=module, job=job.resolve(), nodes=nodes, ranks_per_node=ranks_per_node, out_dir=out_dir)
-    try:
-        run.start()
-        _watch(run, stall_timeout_s, on_message)
-    finally:
-        run.end()
+    for old in out_dir.glob("attempt[0-9]*"):
+        shutil.rmtree(old, ignore_errors=True)
+    faults: list[Fault] = []
+    while True:
+        attempt = Attempt(module=module, job=job.resolve(), nodes=nodes, ranks_per_node=ranks_per_node, out_dir=out_dir)
+        try:
+            attempt.start()
+            fault = _watch(attempt, stall_timeout_s, on_message)
+        finally:
+            attempt.end()
+        if fault is None:
+            return
+        faults.append(fault)
+        reason = why_final(faults, max_restarts)
+        if reason is not None:
+            raise RunFault(fault, reason)
+        attempt.move_files(out_dir / f"attempt{len(faults) - 1}")
+        if on_message is not None:
+            on_message(
+                {"event": "restart", "rank": fault.rank, "what": fault.what, "restart": len(faults), "of": max_restarts}
+            )
 
 
-@dataclass(kw_only=True, slots=True)
-class _Run:
-    """Processes and files of one launch."""
-
-    module: str
-    job: Path
-    nodes: Sequence[Node]
-    ranks_per_node: int
-    out_dir: Path
-    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
-    agents: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    logs: list[IO[bytes]] = field(default_factory=list)
-    read_bytes: int = 0
-
-    @property
-    def world_size(self) -> int:
-        return len(self.nodes) * self.ranks_per_node
-
-    @property
-    def log_root(self) -> Path:
-        return self.out_dir / f".logs-{self.mark}"
-
-    def start(self) -> None:
-        port = free_port()
-        for position, node in enumerate(self.nodes):
-            log = (self.out_dir / f"node{position}.log").open("wb")
-            self.logs.append(log)
-            command = self.command(position, node, port)
-            try:
-                agent = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                )
-            except OSError as error:
-                raise RunError(f"node {node.index}: cannot run {command[0]}: {error}") from None
-            self.agents.append(agent)
-
-    def command(self, position: int, node: Node, port: int) -> list[str]:
-        variables = {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
-            **_interface_variables(node),
-            **node.env,
-            MARK_VARIABLE: self.mark,
-            FOLDER_VARIABLE: str(self.out_dir),
-            LAUNCHER_VARIABLE: str(os.getpid()),
-        }
-        torchrun = [
-            sys.executable, "-m", "torch.distributed.run",
-            "--nnodes", str(len(self.nodes)), "--nproc-per-node", str(self.ranks_per_node),
-            "--node-rank", str(position), "--master-addr", self.nodes[0].address, "--master-port", str(port),
-            "--max-restarts", "0", "--redirects", "3", "--log-dir", str(self.log_root / str(position)),
-            "-m", self.module, str(self.job),
-        ]  # fmt: skip
-        return [*node.command_prefix, "env", *(f"{key}={value}" for key, value in variables.items()), *torchrun]
-
-    def log_of(self, rank: int, stream: str) -> Path | None:
-        """Where torchrun keeps what a rank prints while the run lasts."""
-        node, local_rank = divmod(rank, self.ranks_per_node)
-        found = sorted((self.log_root / str(node)).glob(f"*/attempt_0/{local_rank}/{stream}.log"))
-        return found[0] if found else None
-
-    def new_messages(self) -> list[dict[str, Any]]:
-        """Messages that rank 0 has printed since the last call. Raises RunError on one that is not JSON."""
-        path = self.log_of(0, "stdout")
-        if path is None:
-            return []
-        with path.open("rb") as stream:
-            stream.seek(self.read_bytes)
-            whole, newline, _ = stream.read().rpartition(b"\n")
-        self.read_bytes += len(whole) + len(newline)
-        messages = []
-        for line in whole.decode(errors="replace").splitlines():
-            if line.startswith(MESSAGE_PREFIX):
-                try:
-                    messages.append(json.loads(line.removeprefix(MESSAGE_PREFIX)))
-                except json.JSONDecodeError as error:
-                    raise RunError(f"rank 0 printed a message that is not JSON ({error}): {line[:200]}") from None
-        return messages
-
-    def keep_logs(self) -> None:
-        """Put each rank's output beside its status and drop torchrun's folders."""
-        for rank in range(self.world_size):
-            for stream, suffix in (("stdout", "out"), ("stderr", "err")):
-                path = self.log_of(rank, stream)
-                if path is not None and path.exists():
-                    shutil.copyfile(path, self.out_dir / f"rank{rank}.{suffix}")
-
-    def end(self) -> None:
-        left = end_marked(self.mark, TERM_GRACE_S)
-        for agent in self.agents:
-            if agent.poll() is None:
-                agent.kill()
-            agent.wait()
-        for log in self.logs:
-            log.close()
-        self.keep_logs()
-        shutil.rmtree(self.log_root, ignore_errors=True)
-        if left:
-            raise RunError(f"processes {sorted(left)} of the run could not be ended")
+def why_final(faults: Sequence[Fault], max_restarts: int) -> str | None:
+    """Why a run is not started again after the last of its faults; None if it is, empty if it never was to be."""
+    *earlier, last = faults
+    if max_restarts == 0:
+        return ""
+    if last.error and not last.begun:
+        return "not started again: it would fail in the same way"
+    if last.error and any(fault.what == last.what for fault in earlier):
+        return "not started again: it has failed in the same way before"
+    if len(faults) > max_restarts:
+        return f"the run had been started again {max_restarts} {'time' if max_restarts == 1 else 'times'} before"
+    return None
 
 
-def _interface_variables(node: Node) -> dict[str, str]:
-    if node.interface is not None:
-        names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", INTERFACE_VARIABLE)
-        return dict.fromkeys(names, node.interface)
-    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    return {"GLOO_SOCKET_IFNAME": loopback} if loopback and node.address == LOCAL_ADDRESS else {}
-
-
-def free_port() -> int:
-    """A TCP port that nothing on this machine listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _watch(run: _Run, stall_timeout_s: float, on_message: OnMessage | None) -> None:
+def _watch(attempt: Attempt, stall_timeout_s: float, on_message: OnMessage | None) -> Fault | None:
+    """Wait until all ranks end well, or tell the fault of the first that does not."""
     counts: dict[int, int] = {}
     moved = time.monotonic()
     while True:
-        ended = all(agent.poll() is not None for agent in run.agents)
-        for message in run.new_messages():
+        ended = all(agent.poll() is not None for agent in attempt.agents)
+        for message in attempt.new_messages():
             moved = time.monotonic()
             if on_message is not None:
                 on_message(message)
-        statuses = read_statuses(run.out_dir, run.world_size)
+        statuses = read_statuses(attempt.out_dir, attempt.world_size)
         found = {rank: status.count for rank, status in statuses.items()}
         if found != counts:
             counts, moved = found, time.monotonic()
-        if any(agent.returncode for agent in run.agents) or any(s.state == FAILED for s in statuses.values()):
-            raise RunError(_failure(run))
+        if any(agent.returncode for agent in attempt.agents) or any(s.state == FAILED for s in statuses.values()):
+            return _failure(attempt)
         if ended:
-            return
-        patience = stall_timeout_s if len(statuses) == run.world_size else max(stall_timeout_s, START_TIMEOUT_S)
+            return None
+        patience = stall_timeout_s if len(statuses) == attempt.world_size else max(stall_timeout_s, START_TIMEOUT_S)
         if time.monotonic() - moved > patience:
-            raise RunError(_stall(run, statuses, patience))
+            return explain_stall(statuses, attempt.world_size, patience, lambda rank: attempt.log_of(rank, "stderr"))
         time.sleep(POLL_S)
 
 
-def _failure(run: _Run) -> str:
+def _failure(attempt: Attempt) -> Fault:
     """Give torchrun the time to see who died first, then say it."""
     end = time.monotonic() + SETTLE_S
-    while any(agent.poll() is None for agent in run.agents) and time.monotonic() < end:
-        if any(agent.returncode for agent in run.agents):
+    while any(agent.poll() is None for agent in attempt.agents) and time.monotonic() < end:
+        if any(agent.returncode for agent in attempt.agents):
             end = min(end, time.monotonic() + 1.0)
         time.sleep(POLL_S)
-    agent_logs = [(run.out_dir / f"node{i}.log").read_text(errors="replace") for i in range(len(run.nodes))]
-    statuses = read_statuses(run.out_dir, run.world_size)
-    return explain_failure(agent_logs, statuses, run.world_size, lambda rank: run.log_of(rank, "stderr"))
-
-
-def _stall(run: _Run, statuses: dict[int, Status], stall_timeout_s: float) -> str:
-    return explain_stall(statuses, run.world_size, stall_timeout_s, lambda rank: run.log_of(rank, "stderr"))
+    statuses = read_statuses(attempt.out_dir, attempt.world_size)
+    return explain_failure(
+        attempt.agent_logs(), statuses, attempt.world_size, lambda rank: attempt.log_of(rank, "stderr")
+    )

@@ -56,11 +56,17 @@ class Status:
 
 
 class Progress:
-    """The reporting end, in the rank. Without a folder nothing is written."""
+    """The reporting end, in the rank. Without a folder nothing is written.
+
+    Attributes:
+        rank: whose progress this is.
+        ended: set when the work is over.
+    """
 
     def __init__(self, rank: int, folder: Path | None) -> None:
         self._path = folder / status_name(rank) if folder else None
-        self._rank, self._count = rank, 0
+        self.rank, self._count = rank, 0
+        self.ended = threading.Event()
         self._state, self._plan, self._step, self._doing, self._error = STARTING, "", 0, "", ""
         self._lock = threading.Lock()
 
@@ -84,16 +90,21 @@ class Progress:
         self._count += 1
         self.write()
 
-    def write(self) -> None:
-        """Write the status file."""
-        if self._path is None:
-            return
-        with self._lock:
-            status = Status(
-                rank=self._rank, state=self._state, plan=self._plan, step=self._step, doing=self._doing,
-                count=self._count, pid=os.getpid(), time=time.time(), error=self._error,
-            )  # fmt: skip
-            write_json(self._path, status)
+    @property
+    def status(self) -> Status:
+        """This rank's word as it would be written now."""
+        return Status(
+            rank=self.rank, state=self._state, plan=self._plan, step=self._step, doing=self._doing,
+            count=self._count, pid=os.getpid(), time=time.time(), error=self._error,
+        )  # fmt: skip
+
+    def write(self, folder: Path | None = None) -> None:
+        """Write the status file, from now on into ``folder`` if it is given."""
+        if folder is not None:
+            self._path = folder / status_name(self.rank)
+        if self._path is not None:
+            with self._lock:
+                write_json(self._path, self.status)
 
 
 @contextmanager
@@ -101,32 +112,31 @@ def report_progress() -> Iterator[Progress]:
     """Report this rank to the launcher that started it, if one did, until the block ends.
 
     A failure is written down before it is raised on. A stack dump of every thread goes to standard error on SIGUSR1.
-    The process ends itself when its launcher is gone.
+    The process ends itself when its launcher is gone. Without a launcher see ``watchdog.guard``.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     progress = Progress(int(os.environ.get("RANK", "0")), Path(folder) if folder else None)
-    ended = threading.Event()
     if folder:
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         progress.write()
-        threading.Thread(target=_write_regularly, args=(progress, ended), daemon=True).start()
+        threading.Thread(target=_write_regularly, args=(progress,), daemon=True).start()
     try:
         yield progress
     except BaseException as error:
-        ended.set()
+        progress.ended.set()
         progress.end(error)
         raise
-    ended.set()
+    progress.ended.set()
     progress.end(None)
 
 
-def _write_regularly(progress: Progress, ended: threading.Event) -> None:
+def _write_regularly(progress: Progress) -> None:
     launcher = int(os.environ.get(LAUNCHER_VARIABLE, "0"))
-    while not ended.wait(WRITE_INTERVAL_S):
+    while not progress.ended.wait(WRITE_INTERVAL_S):
         if launcher and not Path(f"/proc/{launcher}").exists() and Path("/proc/self").exists():
             print("the launcher is gone: ending", file=sys.stderr, flush=True)
             os._exit(1)
-        if not ended.is_set():
+        if not progress.ended.is_set():
             progress.write()
 
 

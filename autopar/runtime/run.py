@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def run_plans(
     nodes: Sequence[Node],
     ranks_per_node: int,
     stall_timeout_s: float,
+    max_restarts: int = 0,
     on_message: OnMessage | None = None,
 ) -> tuple[Measurement, ...]:
     """Train under every plan of a job and return what was measured, in the order of the plans.
@@ -39,7 +41,7 @@ def run_plans(
     files = [job.measurement_file(plan) for plan in job.plans]
     for file in files:
         file.unlink(missing_ok=True)
-    write_job(out_dir / "job.json", job)
+    write_job(out_dir / "job.json", dataclasses.replace(job, timeout_s=stall_timeout_s))
     launch(
         WORKER,
         out_dir / "job.json",
@@ -47,6 +49,7 @@ def run_plans(
         ranks_per_node=ranks_per_node,
         out_dir=out_dir,
         stall_timeout_s=stall_timeout_s,
+        max_restarts=max_restarts,
         on_message=on_message,
     )
     missing = [plan.slug for plan, file in zip(job.plans, files, strict=True) if not file.exists()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from autopar.runtime.mesh import build_mesh, used_axes
 from autopar.runtime.progress import Progress, Ticks, announce, report_progress
 from autopar.runtime.trainer import build_trainer
 from autopar.runtime.training import train
+from autopar.runtime.watchdog import guard
 from autopar.runtime.worker import joined
 
 
@@ -28,7 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run the job in the file that ``arguments`` names."""
     with report_progress() as progress:
         job = read_job(arguments[0])
-        with joined(job.device) as device:
+        guard(progress, timeout_s=job.timeout_s, folder=Path(job.out_dir) / "ranks")
+        with joined(job.device, job.timeout_s) as device:
             if job.training is not None:
                 train(job, job.training, device, progress)
             else:

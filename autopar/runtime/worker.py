@@ -5,18 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from autopar.errors import RunError
+from autopar.runtime.rendezvous import fresh_store
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+JOIN_TIMEOUT_S = 300.0
+# Collectives give up after the watchers of progress, whose message says more.
+_LATER_S = 30.0
 
 
 @contextmanager
-def joined(device_type: str) -> Iterator[torch.device]:
+def joined(device_type: str, timeout_s: float | None = None) -> Iterator[torch.device]:
     """Join the ranks that torchrun started, on gloo for the CPU or NCCL for CUDA, and leave them at the end.
+
+    Args:
+        device_type: cpu or cuda.
+        timeout_s: without progress that the run's watchers allow; a collective over all ranks fails 30 seconds
+            later. None: torch's own timeouts.
 
     Yields:
         This rank's device.
@@ -34,7 +44,15 @@ def joined(device_type: str) -> Iterator[torch.device]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(BACKENDS[device_type], device_id=device if device_type == "cuda" else None)
+    store = fresh_store(JOIN_TIMEOUT_S)
+    dist.init_process_group(
+        BACKENDS[device_type],
+        store=store,
+        rank=int(os.environ["RANK"]) if store else -1,
+        world_size=int(os.environ["WORLD_SIZE"]) if store else -1,
+        timeout=None if timeout_s is None else timedelta(seconds=timeout_s + _LATER_S),
+        device_id=device if device_type == "cuda" else None,
+    )
     yield device
     # Not after a failure: peers that wait for this rank could keep it from leaving.
     dist.destroy_process_group()
