@@ -66,6 +66,14 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def format_rate(bytes_per_s: float) -> str:
+    """Format a bandwidth as links are named: ``450 GB/s``, ``12.5 MB/s``."""
+    scale, unit = (GB, "GB/s") if abs(bytes_per_s) >= GB else (MB, "MB/s")
+    return (
+        f"{bytes_per_s / scale:.3g} {unit}" if abs(bytes_per_s) < 1000 * scale else f"{bytes_per_s / scale:.0f} {unit}"
+    )
+
+
 def format_count(number: float) -> str:
     """Format a count: ``70.6B``, ``14.2M``, ``384``."""
     for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):

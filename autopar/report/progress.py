@@ -43,6 +43,10 @@ class ProgressLine:
             self._show("validate", str(message["study"]), int(message["done"]), int(message["of"]))
         elif "answer" in message:
             self._show("plan", str(message["answer"]), int(message["done"]), int(message["of"]))
+        elif "preflight" in message:
+            self._show("preflight", str(message["preflight"]), int(message["done"]), int(message["of"]))
+        elif message.get("event") == "restart":
+            self._console.print(f"{message['what']}: restart {message['restart']} of {message['of']}", markup=False)
         elif message.get("event") == "plan_begin":
             self._show("run", message["slug"], 0, 1, f" ({message['index'] + 1} of {message['plans']})")
         elif message.get("event") == "step":

@@ -20,13 +20,14 @@ _LATER_S = 30.0
 
 
 @contextmanager
-def joined(device_type: str, timeout_s: float | None = None) -> Iterator[torch.device]:
+def joined(device_type: str, timeout_s: float | None = None, *, host_backend: bool = False) -> Iterator[torch.device]:
     """Join the ranks that torchrun started, on gloo for the CPU or NCCL for CUDA, and leave them at the end.
 
     Args:
         device_type: cpu or cuda.
         timeout_s: without progress that the run's watchers allow; a collective over all ranks fails 30 seconds
             later. None: torch's own timeouts.
+        host_backend: also gloo beside NCCL, for tensors in host memory.
 
     Yields:
         This rank's device.
@@ -46,7 +47,7 @@ def joined(device_type: str, timeout_s: float | None = None) -> Iterator[torch.d
         torch.cuda.set_device(device)
     store = fresh_store(JOIN_TIMEOUT_S)
     dist.init_process_group(
-        BACKENDS[device_type],
+        "cpu:gloo,cuda:nccl" if host_backend and device_type == "cuda" else BACKENDS[device_type],
         store=store,
         rank=int(os.environ["RANK"]) if store else -1,
         world_size=int(os.environ["WORLD_SIZE"]) if store else -1,

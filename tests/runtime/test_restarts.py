@@ -47,8 +47,8 @@ def run(folder: Path, faults: Faults, *, ranks: int, max_restarts: int) -> list[
     messages: list[dict[str, Any]] = []
     node = Node(index=0, address="127.0.0.1", env={"PYTHONPATH": str(Path(__file__).parent)})
     launch(
-        "worker_restarts", write_job(folder, faults, torch=False), nodes=[node], ranks_per_node=ranks, out_dir=folder / "logs",
-        stall_timeout_s=TIMEOUT_S, max_restarts=max_restarts, on_message=messages.append,
+        "worker_restarts", write_job(folder, faults, torch=False), nodes=[node], ranks_per_node=ranks,
+        out_dir=folder / "logs", stall_timeout_s=TIMEOUT_S, max_restarts=max_restarts, on_message=messages.append,
     )  # fmt: skip
     return messages
 

@@ -1,0 +1,130 @@
+"""``autopar preflight`` and ``export``: before and around runs on a cluster, and the options that these share."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autopar.cli.common import Device, JsonFlag, app, progress, say, show, terminal_width
+from autopar.errors import InputError
+
+if TYPE_CHECKING:
+    from autopar.runtime.places import Place
+
+Start = Callable[[str, Path], None]
+
+NodesOption = Annotated[
+    int | None,
+    typer.Option("--nodes", min=1, help="Nodes, each started by this command; shares --out with the others."),
+]
+NodeRankOption = Annotated[
+    int | None, typer.Option("--node-rank", min=0, help="Which of the nodes this one is, from 0.")
+]
+MasterOption = Annotated[str, typer.Option("--master", help="host:port of node 0, where all nodes meet.")]
+InterfaceOption = Annotated[str, typer.Option("--interface", help="Network interface for collectives, such as eth0.")]
+RanksOption = Annotated[int | None, typer.Option(min=1, help="Processes on each node; every device on CUDA.")]
+EXIT_NOT_FIT = 3
+
+
+@app.command()
+def preflight(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder that the run will write to.")] = Path("runs"),
+    ranks: RanksOption = None,
+    nodes: NodesOption = None,
+    node_rank: NodeRankOption = None,
+    master: MasterOption = "",
+    interface: InterfaceOption = "",
+    emulate: Annotated[str | None, typer.Option(help="NODESxRATE: look at an emulated cluster (needs root).")] = None,
+    expect: Annotated[str, typer.Option(help="Bandwidth that every link should reach, such as 200Gbit.")] = "",
+    device: Device = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Before a long run: versions, clocks, space, shared folder, sums, speeds of ranks and links; name what is off."""
+    from autopar.demo import default_ranks, resolve_device
+    from autopar.report.preflight_tables import preflight_json, preflight_table
+    from autopar.runtime.places import find_place
+    from autopar.runtime.preflight import Limits, judge
+    from autopar.runtime.preflight import preflight as gather
+    from costmodels.records import write_json
+    from costmodels.units import parse_bandwidth
+
+    device = "cpu" if emulate else resolve_device(device)
+    place = find_place(os.environ, nodes=nodes, node_rank=node_rank, master=master)
+    limits = Limits(bandwidth=parse_bandwidth(expect) if expect else None)
+    each = ranks or (1 if emulate else default_ranks(device))
+    with progress() as on_message, starter(
+        place, each, out=out / "preflight", emulate=emulate, interface=interface, on_message=on_message
+    ) as start:  # fmt: skip
+        facts = gather(out, device=device, start=start, leads=place.leads)
+    if facts is None:
+        return
+    findings = judge(facts, limits)
+    document = {"schema_version": 1, **preflight_json(facts, findings)}
+    write_json(out / "preflight.json", document)
+    if as_json:
+        print(json.dumps(document))
+    else:
+        show(preflight_table(facts, findings, width=terminal_width()))
+    say(f"wrote {out / 'preflight.json'}")
+    if findings:
+        raise typer.Exit(EXIT_NOT_FIT)
+
+
+@contextmanager
+def starter(
+    place: Place,
+    ranks_per_node: int,
+    *,
+    out: Path,
+    emulate: str | None = None,
+    interface: str = "",
+    timeout_s: float = 180.0,
+    max_restarts: int = 0,
+    on_message: Callable[[dict[str, Any]], None] | None = None,
+) -> Iterator[Start]:
+    """How this process starts a worker module with a job file: all ranks, those of its node, or itself as one.
+
+    Raises:
+        InputError: ``--emulate`` where ranks are started by others.
+    """
+    from autopar.runtime.node_run import run_node, run_rank
+    from autopar.runtime.places import Role
+
+    if place.role is not Role.LAUNCHER and emulate is not None:
+        raise InputError("--emulate sets up its own nodes: leave it out under torchrun, Slurm and with --nodes")
+    if place.role is Role.NODE:
+        yield lambda module, job: run_node(
+            place, module, job, ranks_per_node=ranks_per_node, max_restarts=max_restarts, interface=interface,
+            on_message=on_message,
+        )  # fmt: skip
+    elif place.role is Role.RANK:
+        yield lambda module, job: run_rank(place, module, [str(job)])
+    else:
+        with _nodes(emulate, interface) as nodes:
+            from autopar.runtime.launch import launch
+
+            yield lambda module, job: launch(
+                module, job, nodes=nodes, ranks_per_node=ranks_per_node, out_dir=out, stall_timeout_s=timeout_s,
+                max_restarts=max_restarts, on_message=on_message,
+            )  # fmt: skip
+
+
+@contextmanager
+def _nodes(emulate: str | None, interface: str) -> Iterator[tuple[Any, ...]]:
+    import dataclasses
+
+    from autopar.runtime.emulate import emulated_cluster, parse_emulation
+    from autopar.runtime.nodes import local_node
+
+    if emulate is None:
+        yield (dataclasses.replace(local_node(), interface=interface or None),)
+        return
+    number, rate = parse_emulation(emulate)
+    with emulated_cluster(number, rate) as nodes:
+        yield nodes
