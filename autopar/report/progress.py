@@ -46,7 +46,9 @@ class ProgressLine:
         elif "preflight" in message:
             self._show("preflight", str(message["preflight"]), int(message["done"]), int(message["of"]))
         elif message.get("event") == "restart":
-            self._console.print(f"{message['what']}: restart {message['restart']} of {message['of']}", markup=False)
+            where = f" from {message['resumes_from']}" if "resumes_from" in message else ""
+            line = f"{message['what']}: restart {message['restart']} of {message['of']}{where}"
+            self._console.print(line, markup=False, soft_wrap=True)
         elif message.get("event") == "plan_begin":
             self._show("run", message["slug"], 0, 1, f" ({message['index'] + 1} of {message['plans']})")
         elif message.get("event") == "step":

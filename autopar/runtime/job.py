@@ -18,6 +18,7 @@ from costmodels.records import read_record, write_record
 
 JOB_SCHEMA = 1
 DEVICES = ("cpu", "cuda")
+CHECKPOINTS = "checkpoints"
 INSPECTED_STEPS = 3
 # DDP settles its buckets in the second step.
 LEAST_WARMUP = 2

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from autopar.errors import RunError
 from autopar.measurement import Measurement, read_measurement
-from autopar.runtime.job import TrainJob, check_job, write_job
+from autopar.runtime.job import CHECKPOINTS, TrainJob, check_job, write_job
 from autopar.runtime.launch import OnMessage, launch
 from autopar.runtime.nodes import Node
 from autopar.runtime.outcome import OUTCOME, Outcome, read_outcome
@@ -64,13 +65,15 @@ def run_training(
     nodes: Sequence[Node],
     ranks_per_node: int,
     stall_timeout_s: float,
+    max_restarts: int = 0,
     on_message: OnMessage | None = None,
 ) -> tuple[Outcome, Measurement | None]:
     """Train under the plan of a job that has ``training``, and return how it ended and what its first steps measured.
 
     Files in ``out_dir``: ``job.json``, ``metrics.csv``, ``validation.csv``, ``result.json``, ``checkpoints/``, the
     launcher's logs, and ``<slug>/measurement.json``, which stays that of an earlier run where this one made too few
-    steps. Messages to ``on_message``: ``step`` as in ``run_plans``, and ``log`` with a ``line`` to be shown.
+    steps. Messages to ``on_message``: ``step`` as in ``run_plans``, ``log`` with a ``line`` to be shown, and those of
+    ``launch``, of which a restart also says ``resumes_from``: the newest checkpoint, by name.
 
     Raises:
         InputError, PlanError: the job cannot work; nothing was started.
@@ -80,7 +83,7 @@ def run_training(
     check_job(job, len(nodes) * ranks_per_node)
     out_dir, [plan] = Path(job.out_dir), job.plans
     (out_dir / OUTCOME).unlink(missing_ok=True)
-    write_job(out_dir / "job.json", job)
+    write_job(out_dir / "job.json", dataclasses.replace(job, timeout_s=stall_timeout_s))
     launch(
         WORKER,
         out_dir / "job.json",
@@ -88,9 +91,17 @@ def run_training(
         ranks_per_node=ranks_per_node,
         out_dir=out_dir,
         stall_timeout_s=stall_timeout_s,
-        on_message=on_message,
+        max_restarts=max_restarts,
+        on_message=None if on_message is None else lambda message: on_message(_with_checkpoint(message, out_dir)),
     )
     if not (out_dir / OUTCOME).exists():
         raise RunError(f"the run ended well but left no {out_dir / OUTCOME}")
     file = job.measurement_file(plan)
     return read_outcome(out_dir), read_measurement(file) if file.exists() else None
+
+
+def _with_checkpoint(message: dict[str, Any], out_dir: Path) -> dict[str, Any]:
+    if message.get("event") != "restart":
+        return message
+    found = sorted(path.name for path in (out_dir / CHECKPOINTS).glob("step-*"))
+    return {**message, "resumes_from": found[-1] if found else "the beginning"}

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from autopar.runtime.identity import check_identity, identity
-from autopar.runtime.job import Saving, TrainJob
+from autopar.runtime.job import CHECKPOINTS, Saving, TrainJob
 from autopar.runtime.trainer import Trainer
-
-FOLDER = "checkpoints"
 
 
 class Saver:
@@ -23,7 +21,7 @@ class Saver:
 
     def __init__(self, job: TrainJob, saving: Saving) -> None:
         self._job, self._saving = job, saving
-        self.folder = Path(job.out_dir) / FOLDER
+        self.folder = Path(job.out_dir) / CHECKPOINTS
         self._checkpoints: Any = None
         if saving.any:
             from autopar.runtime.checkpoint import Checkpoints

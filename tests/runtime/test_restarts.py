@@ -90,9 +90,7 @@ def test_plain_torchrun_starts_again(tmp_path: Path) -> None:
     assert [line for line in done.stdout.splitlines() if "resumed" in line] == [
         f'@autopar {{"resumed": {step}}}' for step in (0, 2, 6)
     ]
-    assert "rank 0 of 2 made no progress for 8 s at plan p, step 6; rank 1 does not respond at plan p, step 6" in (
-        done.stderr
-    )
+    assert "rank 0 of 2 made no progress for 8 s at plan p, step 6; rank 1 does not respond " in done.stderr
 
 
 def fault(what: str, error: str = "", begun: bool = True) -> Fault:
