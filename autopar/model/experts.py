@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autopar.errors import InputError
 from autopar.model.feed_forward import FeedForward, GatedSilu
 from autopar.model.spec import ModelSpec
 
@@ -28,6 +30,33 @@ Experts = Callable[[Tensor, Sequence[int]], Tensor]
 """From rows [R, h], those of the first expert first, and the number of each expert's rows to results [R, h]."""
 Exchange = Callable[[Experts, Tensor, Tensor], Tensor]
 """Brings rows [R, h] in the order of experts, counts [E] of them, to experts, and their results back in that order."""
+
+
+class TokenOrder(Protocol):
+    """Where a rank's tokens are in their sequences, for counting in the order of the tokens.
+
+    Attributes:
+        num_ranks: ranks that divide a sequence evenly.
+        runs: equal parts of a rank's tokens that are each contiguous in the sequence.
+    """
+
+    num_ranks: int
+    runs: int
+
+    def counted_before(self, counts: Tensor) -> Tensor:
+        """From the rows of each of this rank's runs, [B, runs, E], to those of all tokens before each run."""
+        ...
+
+
+class WholeSequence:
+    """A rank that has all tokens of its sequences."""
+
+    num_ranks = 1
+    runs = 1
+
+    def counted_before(self, counts: Tensor) -> Tensor:
+        """Nothing is before the only run."""
+        return torch.zeros_like(counts)
 
 
 def at_home(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
@@ -84,9 +113,7 @@ class MixtureOfExperts(nn.Module):
 
     Attributes:
         exchange: how rows come to the ranks that hold their experts.
-        count_before: if a sequence is divided over ranks, from this rank's rows per sequence and expert [B, E] to
-            those of the tokens before; None if a sequence is whole.
-        sequence_parts: parts that a sequence is divided into.
+        order: where this rank's tokens are in their sequences.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -100,8 +127,7 @@ class MixtureOfExperts(nn.Module):
         self.act: nn.Module = GatedSilu() if spec.gated_mlp else nn.GELU()
         self.down = ExpertProduct(spec.num_experts, (h,), f, bias=spec.bias)
         self.exchange: Exchange = at_home
-        self.count_before: Callable[[Tensor], Tensor] | None = None
-        self.sequence_parts = 1
+        self.order: TokenOrder = WholeSequence()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, h] to [B, S, h]."""
@@ -114,7 +140,8 @@ class MixtureOfExperts(nn.Module):
         order = destinations.argsort(stable=True)
         if self.capacity_factor:
             order = order[: int(counts.sum())]
-        results = self.exchange(self.experts, tokens[order // self.top_k], counts)
+        rows = tokens.index_select(0, order // self.top_k)
+        results = self.exchange(self.experts, rows, counts)
         by_choice = tokens.new_zeros(destinations.shape[0], x.shape[-1]).index_put((order,), results)
         weighted = by_choice.view(*chosen.shape, -1) * weights.to(x.dtype).unsqueeze(-1)
         combined = weighted.sum(1).view_as(x)
@@ -131,13 +158,17 @@ class MixtureOfExperts(nn.Module):
         """Experts of the choices [B, S k] of each sequence, E for those that are dropped."""
         if not self.capacity_factor:
             return chosen
-        whole = chosen.shape[1] * self.sequence_parts
-        capacity = math.ceil(whole / self.num_experts * self.capacity_factor)
-        counts = _counts(chosen, self.num_experts)
-        places = _places(chosen, counts)
-        if self.count_before is not None:
-            places = places + self.count_before(counts).gather(1, chosen)
-        return chosen.masked_fill(places >= capacity, self.num_experts)
+        if chosen.shape[1] // self.top_k % self.order.runs:
+            raise InputError(
+                f"a capacity counts a rank's {chosen.shape[1] // self.top_k} tokens of a sequence in {self.order.runs} "
+                "equal runs: use sequences that 2 * cp * tp divides"
+            )
+        capacity = math.ceil(chosen.shape[1] * self.order.num_ranks / self.num_experts * self.capacity_factor)
+        runs = chosen.reshape(chosen.shape[0] * self.order.runs, -1)
+        counts = _counts(runs, self.num_experts)
+        before = self.order.counted_before(counts.unflatten(0, (-1, self.order.runs))).flatten(0, 1)
+        places = _places(runs, counts) + before.gather(1, runs)
+        return runs.masked_fill(places >= capacity, self.num_experts)
 
 
 def _counts(values: Tensor, kinds: int) -> Tensor:

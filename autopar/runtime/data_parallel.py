@@ -19,10 +19,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from autopar.plan import Plan
+from autopar.runtime.expert_parallel import ExpertRanks, shard_experts
 from autopar.runtime.mesh import data_mesh
+from autopar.runtime.private import ignore_in_ddp
 
 
-def replicate_or_shard(module: nn.Module, mesh: DeviceMesh | None, plan: Plan, blocks: Iterable[str]) -> nn.Module:
+def replicate_or_shard(
+    module: nn.Module, mesh: DeviceMesh | None, plan: Plan, blocks: Iterable[str], experts: ExpertRanks | None = None
+) -> nn.Module:
     """Wrap a module (the whole model or a stage) for the ranks of ``data_mesh``; without any, return it as it is.
 
     ZeRO stage 0 is DDP. The others are ``fully_shard`` of each block and then of the rest; stages 1 and 2 keep gathered
@@ -33,17 +37,21 @@ def replicate_or_shard(module: nn.Module, mesh: DeviceMesh | None, plan: Plan, b
         mesh: of the whole layout.
         plan: tells the ZeRO stage.
         blocks: names of submodules that are sharded one by one, those that ``module`` has.
+        experts: if their ranks are others; those that are not sharded here are left to ``reduce_experts``.
     """
     ranks = data_mesh(mesh)
     if ranks is None:
         return module
+    left = {name: p for name, p in module.named_parameters() if experts is not None and name in experts.names}
     if plan.zero_stage == 0:
+        ignore_in_ddp(module, left)
         return DistributedDataParallel(module, device_mesh=ranks, gradient_as_bucket_view=True, broadcast_buffers=False)
     names, reshard = {name for name, _ in module.named_modules()}, plan.zero_stage == 3
-    for name in blocks:
-        if name in names:
-            fully_shard(module.get_submodule(name), mesh=ranks, reshard_after_forward=reshard)
-    fully_shard(module, mesh=ranks, reshard_after_forward=reshard)
+    if experts is not None and experts.sharded:
+        shard_experts(module, experts, reshard=reshard)
+        left = {}
+    for part in (*(module.get_submodule(name) for name in blocks if name in names), module):
+        fully_shard(part, mesh=ranks, reshard_after_forward=reshard, ignored_params=set(left.values()))
     return module
 
 

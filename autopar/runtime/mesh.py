@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar.errors import PlanError
 from autopar.layout import Layout
-from autopar.runtime.private import joined_meshes, merged_axes
+from autopar.runtime.private import joined_meshes, merged_axes, meshes_kept_with
 
 DATA_AXES = ("dp_replicate", "dp_shard")
 # Context parallel ranks hold equal weights and see unlike tokens: to weights they are data parallel ranks.
@@ -68,11 +68,34 @@ def data_mesh(mesh: DeviceMesh | None) -> DeviceMesh | None:
     return joined_meshes(mesh["dp_replicate"], sharded) if hybrid else sharded
 
 
+def expert_mesh(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+    """The same ranks divided for experts: axes pp, edp_replicate, edp, ep and etp, slowest first, if of several ranks.
+
+    edp are the ranks that hold equal experts; where dense weights have replicas of sharded groups, so have experts, and
+    edp are the ranks of one of these groups. Every axis has a process group of its own, though its ranks may be those
+    of another mesh's axis. The first call for a mesh and a layout's degrees is collective.
+    """
+    made = meshes_kept_with(mesh)
+    replicas = layout.dp_replicate if layout.dp_shard > 1 else 1
+    degrees = {"pp": layout.pp, "edp_replicate": replicas, "edp": layout.edp // replicas, "ep": layout.ep,
+               "etp": layout.etp}  # fmt: skip
+    used = {axis: degree for axis, degree in degrees.items() if degree > 1}
+    key = "experts " + " ".join(f"{axis}{degree}" for axis, degree in used.items())
+    if key not in made:
+        backend = dist.get_backend(mesh.get_group(0))
+        made[key] = init_device_mesh(
+            mesh.device_type, tuple(used.values()), mesh_dim_names=tuple(used),
+            backend_override=dict.fromkeys((axis for axis in used if axis != "pp"), backend),
+        )  # fmt: skip
+    return made[key]
+
+
 def group_labels(mesh: DeviceMesh | None) -> tuple[dict[str, str], dict[tuple[int, ...], str]]:
     """Labels of this rank's groups: by the name of the group, and by its ranks.
 
-    Labels are the axes, but ``dp`` for all ranks of ``data_mesh`` where it has one axis. The name tells apart groups of
-    equal ranks; ranks stand for the groups that FSDP2 makes of its own over tensor parallel modules.
+    Labels are the axes, those of experts included, but ``dp`` for all ranks of ``data_mesh`` where it has one axis. The
+    name tells apart groups of equal ranks; ranks stand for the groups that FSDP2 makes of its own over tensor parallel
+    modules.
     """
     if mesh is None:
         return {}, {}
@@ -81,6 +104,8 @@ def group_labels(mesh: DeviceMesh | None) -> tuple[dict[str, str], dict[tuple[in
     if data is not None:
         labels = ("dp_replicate", "dp_shard") if data.ndim == 2 else ("dp",)
         groups |= {label: data.get_group(axis) for axis, label in enumerate(labels)}
+    for experts in meshes_kept_with(mesh).values():
+        groups = {name: experts.get_group(name) for name in axis_names(experts) if name != "pp"} | groups
     # Data parallel groups come last, so that theirs are the labels of equal ranks and of an equal group.
     return (
         {group.group_name: label for label, group in groups.items()},

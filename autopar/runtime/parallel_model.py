@@ -17,12 +17,13 @@ from autopar.errors import InputError
 from autopar.plan import Plan
 from autopar.runtime.context_parallel import SEQUENCE_DIM, ContextPart
 from autopar.runtime.data_parallel import accumulating
+from autopar.runtime.expert_parallel import ExpertRanks, reduce_experts
 from autopar.runtime.holdings import Holding
 from autopar.runtime.mesh import submesh
 from autopar.runtime.parts import boundaries
 from autopar.runtime.pipeline import LossFn, Observer, Unobserved, build_schedule, observed, rank_of
 from autopar.runtime.support import sequence_divisor
-from autopar.runtime.tensor_parallel import reduce_partial
+from autopar.runtime.tensor_parallel import reduce_partial, set_aside
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,6 +42,7 @@ class ParallelModel:
         holdings: what of the whole model each of ``owned`` is, in the same order.
         partial_names: parameters whose gradients are summed over the tensor parallel ranks at the end of a step.
         context: this rank's part of every sequence; None if it has them whole.
+        experts: how experts are divided, if otherwise than dense weights.
         bare_chains: all stages of the model without values, to learn the shapes between them.
         observer: told of every forward and backward (``2F0``: stage 2, forward, microbatch 0).
     """
@@ -56,6 +58,7 @@ class ParallelModel:
     holdings: tuple[Holding, ...]
     partial_names: frozenset[str]
     context: ContextPart | None
+    experts: ExpertRanks | None
     bare_chains: tuple[nn.Module, ...]
     observer: Observer = field(default_factory=Unobserved)
     _schedules: dict[tuple[torch.Size, torch.dtype], Any] = field(default_factory=dict)
@@ -102,14 +105,21 @@ class ParallelModel:
         self._check_batch(inputs, targets)
         if self.context is not None:
             inputs, targets = self.context.local(inputs), self.context.local(targets)
-        loss = self._pipeline_step(inputs, targets) if self.plan.layout.pp > 1 else self._plain_step(inputs, targets)
+        step = self._pipeline_step if self.plan.layout.pp > 1 else self._plain_step
+        partial = [p for name, p in self.owned if name in self.partial_names]
+        local = self.experts is not None and not self.experts.sharded
+        experts = [p for name, p in self.owned if local and name in self.experts.names]
+        with set_aside([*partial, *experts]):
+            loss = step(inputs, targets)
+            if partial:
+                mesh = submesh(self.mesh, "tp")
+                assert mesh is not None
+                reduce_partial(partial, mesh)
+            if experts:
+                reduce_experts(experts, self.experts)
         if self.context is not None:
             loss = loss.to(torch.float32)
             dist.all_reduce(loss, dist.ReduceOp.AVG, group=self.context.group)
-        if self.partial_names:
-            mesh = submesh(self.mesh, "tp")
-            assert mesh is not None
-            reduce_partial((p for name, p in self.named_parameters() if name in self.partial_names), mesh)
         return loss
 
     def _check_batch(self, inputs: Tensor, targets: Tensor) -> None:

@@ -20,6 +20,7 @@ from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, Recompute
 from autopar.runtime.context_parallel import ContextPart, check_parts_known, set_part
 from autopar.runtime.data_parallel import replicate_or_shard
+from autopar.runtime.expert_parallel import divide_experts, find_experts, order_tokens
 from autopar.runtime.holdings import Cut, cuts_by_name, find_holdings, whole_model
 from autopar.runtime.mesh import build_mesh, submesh
 from autopar.runtime.parallel_model import ParallelModel, named_parameters
@@ -75,6 +76,7 @@ def parallelize(
     parts, whole = find_parts(module), whole_model(module)
     tp_mesh = submesh(mesh, "tp")
     products = resolve_plan(module, tensor_parallel_plan, plan.layout.tp) if tp_mesh is not None else {}
+    experts = find_experts(module, plan, mesh)
     chains, bare_chains = _cut(module, parts, plan, mesh)
     context = _context_part(module, plan, mesh)
     partial_names: tuple[str, ...] = ()
@@ -86,10 +88,13 @@ def parallelize(
             set_part(chain, context)
         if tp_mesh is not None:
             partial_names += divide(chain, tp_mesh, products, parts, sequence_parallel=plan.sequence_parallel)
+        order_tokens(chain, context, tp_mesh)
+        if experts is not None:
+            divide_experts(chain, experts, plan.layout)
         if plan.recompute is Recompute.FULL:
             _recompute_blocks(chain, parts)
         divided |= cuts_by_name(chain)
-        wrapped.append(replicate_or_shard(chain, mesh, plan, parts.blocks))
+        wrapped.append(replicate_or_shard(chain, mesh, plan, parts.blocks, experts))
     owned = named_parameters(wrapped)
     return ParallelModel(
         name=spec.name if isinstance(spec, ModelSpec) else type(module).__name__,
@@ -101,8 +106,9 @@ def parallelize(
         loss_fn=loss_fn,
         owned=owned,
         holdings=find_holdings(whole, owned, divided),
-        partial_names=frozenset(partial_names),
         context=context,
+        partial_names=frozenset(partial_names) - (experts.names if experts is not None else frozenset()),
+        experts=experts,
         bare_chains=bare_chains,
     )
 

@@ -15,6 +15,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -91,6 +92,17 @@ def lower_right_mask(rows: int, columns: int) -> Tensor:
     """A causal mask of the last ``rows`` of ``columns`` tokens that fused kernels know; also under a dispatch mode."""
     with _disable_current_modes():
         return causal_lower_right(rows, columns)  # type: ignore[no-untyped-call]
+
+
+def meshes_kept_with(mesh: DeviceMesh) -> dict[str, DeviceMesh]:
+    """Other meshes over the ranks of a mesh, by name; they live as long as it does."""
+    kept: dict[str, DeviceMesh] = mesh.__dict__.setdefault("_autopar_meshes", {})
+    return kept
+
+
+def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
+    """Have DistributedDataParallel, when it wraps a module, leave some of its parameters alone."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
 
 
 def has_dropout(module: nn.Module) -> bool:

@@ -77,11 +77,6 @@ def _unsupported_layout(plan: Plan) -> list[Rejected]:
         )
     if plan.recompute_layers:
         found.append(_reject("recompute", f"ac-full{plan.recompute_layers} is not supported: use ac-full (all blocks)"))
-    for axis, degree in (("ep", layout.ep), ("etp", layout.etp)):
-        if degree > 1:
-            found.append(
-                _reject("expert parallel", f"{axis}={degree} is not supported: use {axis}=1", **{axis: degree})
-            )
     if plan.sequence_parallel and layout.tp == 1:
         found.append(_reject("sequence parallel", "sequence parallelism divides over tp ranks: use tp>=2 or drop sp"))
     return found
@@ -92,6 +87,7 @@ def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
     if spec.unbuilt:
         fields = ", ".join(spec.unbuilt)
         found.append(_reject("model", f"models with {fields} are not supported: use one without"))
+    found += _unsupported_experts(plan, spec)
     if layout.tp > 1 and spec.fused_qkv:
         found.append(
             _reject(
@@ -109,8 +105,10 @@ def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
                 pp=layout.pp,
             )
         )
+    dense = spec.dense_layers or not spec.num_experts
     for name, size in (
-        ("query heads", spec.num_heads), ("key-value heads", spec.num_kv_heads), ("feed-forward width", spec.ffn_size)
+        ("query heads", spec.num_heads), ("key-value heads", spec.num_kv_heads),
+        ("feed-forward width", spec.ffn_size if dense else 0), ("shared expert's width", spec.shared_ffn_size),
     ):  # fmt: skip
         if size % layout.tp:
             found.append(
@@ -134,6 +132,36 @@ def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
                 assigned=sum(plan.stage_blocks), blocks=spec.num_layers,
             )
         )  # fmt: skip
+    return found
+
+
+def _unsupported_experts(plan: Plan, spec: ModelSpec) -> list[Rejected]:
+    layout, found = plan.layout, []
+    if not spec.num_experts:
+        for axis, degree in (("ep", layout.ep), ("etp", layout.etp)):
+            if degree > 1:
+                found.append(
+                    _reject("experts", f"{axis}={degree}, but the model has no experts: use {axis}=1", **{axis: degree})
+                )
+        return found
+    for name, size, axis, degree in (
+        ("experts", spec.num_experts, "ep", layout.ep), ("experts' width", spec.expert_ffn_size, "etp", layout.etp),
+    ):  # fmt: skip
+        if size % degree:
+            detail = f"{axis}={degree} does not divide the {name}, {size}: use a divisor"
+            found.append(_reject("experts", detail, size=size, **{axis: degree}))
+    if layout.tp > 1 and not plan.sequence_parallel:
+        detail = (
+            f"tp={layout.tp} without sequence parallelism would send every token to the experts {layout.tp} times: "
+            "use sp"
+        )
+        found.append(_reject("experts", detail, tp=layout.tp))
+    if layout.dp_shard > 1 and layout.edp % layout.dp_replicate:
+        detail = (
+            f"ep*etp={layout.ep * layout.etp} ranks reach over the rep{layout.dp_replicate} replicas of sharded "
+            "groups, which then have no equal experts: use smaller ep or etp, or no replicas"
+        )
+        found.append(_reject("experts", detail, ep=layout.ep, etp=layout.etp, replicas=layout.dp_replicate))
     return found
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -215,6 +216,24 @@ def reduce_partial(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None
         dist.all_reduce(flat, group=mesh.get_group())
         for grad, summed in zip(same, flat.split([grad.numel() for grad in same]), strict=True):
             grad.copy_(summed.view_as(grad))
+
+
+@contextmanager
+def set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters have the gradients of what runs there alone; behind it, those of before are added to them.
+
+    For gradients that are reduced at the end of a step: what earlier steps left is reduced already.
+    """
+    # Copies, since DDP writes the next gradients where it has left the last ones.
+    before = [(p, p.grad.clone()) for p in parameters if p.grad is not None]
+    for parameter, _ in before:
+        parameter.grad = None
+    yield
+    for parameter, gradient in before:
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            local_tensor(parameter.grad).add_(local_tensor(gradient))
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopar.errors import InputError
 from autopar.model.build import build_graph
-from autopar.model.experts import MixtureOfExperts
+from autopar.model.experts import MixtureOfExperts, WholeSequence
 from autopar.model.spec import ModelSpec, Norm, Position
 from autopar.model.transformer import build, language_model_loss
 
@@ -101,21 +101,27 @@ def test_capacity_drops_and_counts_each_sequence_by_itself() -> None:
     assert torch.equal(wide(x), free(x)), "room for all"
 
 
+class Quarters:
+    """Four ranks, one after another in this process, with a quarter of each sequence in two runs."""
+
+    num_ranks, runs = 4, 2
+
+    def __init__(self) -> None:
+        self.before = torch.zeros(3, 8, dtype=torch.int64)
+
+    def counted_before(self, counts: Tensor) -> Tensor:
+        earlier = torch.stack((self.before, self.before + counts[:, 0]), dim=1)
+        self.before = self.before + counts.sum(1)
+        return earlier
+
+
 def test_a_divided_sequence_counts_what_comes_before() -> None:
     module = mixture(dataclasses.replace(GATED, capacity_factor=0.5))
     x = stream()
-    whole, parts, before = module(x), [], torch.zeros(3, 8, dtype=torch.int64)
-
-    def count(counts: Tensor) -> Tensor:
-        nonlocal before
-        earlier, before = before, before + counts
-        return earlier
-
-    module.sequence_parts, module.count_before = 4, count
-    parts = [module(part) for part in x.chunk(4, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
-    before.zero_()
-    module.count_before = None
+    whole = module(x)
+    module.order = Quarters()
+    torch.testing.assert_close(torch.cat([module(part) for part in x.chunk(4, dim=1)], dim=1), whole)
+    module.order = WholeSequence()
     assert not torch.allclose(torch.cat([module(part) for part in x.chunk(4, dim=1)], dim=1), whole)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from autopar.errors import InputError, PlanError
 from autopar.model.presets import load_preset
+from autopar.model.spec import ModelSpec
 from autopar.plan import parse_slug
 from autopar.runtime.job import TrainJob, check_job, read_job, write_job
 from autopar.runtime.support import check_supported, unsupported, unsupported_workload
@@ -25,7 +26,7 @@ WORKLOAD = Workload(global_batch=16, seq_len=64, precision=Precision.FP32)
     [
         ("mb1.ac-selective", 4, "use none or full"),
         ("mb1.ac-full3", 4, "use ac-full (all blocks)"),
-        ("dp2.ep2.mb1", 4, "ep=2 is not supported: use ep=1"),
+        ("dp2.ep2.mb1", 4, "ep=2, but the model has no experts: use ep=1"),
         ("mb1.sp", 4, "use tp>=2 or drop sp"),
         ("tp16.mb1", 4, "does not divide the query heads, 8"),
         ("pp16.mb1", 16, "16 stages for 8 blocks"),
@@ -49,6 +50,29 @@ def test_refusals_of_models() -> None:
     for precision in (Precision.FP16, Precision.FP8, Precision.NVFP4):
         assert unsupported_workload(dataclasses.replace(WORKLOAD, precision=precision))
     assert not unsupported_workload(dataclasses.replace(WORKLOAD, precision=Precision.BF16))
+
+
+MIXTURE = dataclasses.replace(MODEL, num_experts=6, top_k=2, expert_ffn_size=100, shared_ffn_size=90)
+
+
+@pytest.mark.parametrize(
+    ("slug", "model", "message"),
+    [
+        ("dp4.ep4.mb1", MIXTURE, "ep=4 does not divide the experts, 6"),
+        ("dp8.etp8.mb1", MIXTURE, "etp=8 does not divide the experts' width, 100"),
+        ("tp2.mb1", MIXTURE, "send every token to the experts 2 times: use sp"),
+        ("tp4.sp.mb1", MIXTURE, "tp=4 does not divide the shared expert's width, 90"),
+        ("dp4.z3.rep2.ep4.mb1", dataclasses.replace(MIXTURE, num_experts=8), "reach over the rep2 replicas"),
+    ],
+)
+def test_refusals_of_experts(slug: str, model: ModelSpec, message: str) -> None:
+    details = [found.detail for found in unsupported(parse_slug(slug), model)]
+    assert any(message in detail for detail in details), details
+
+
+def test_experts_that_run_are_not_refused() -> None:
+    for slug in ("mb1", "dp2.ep2.mb1", "dp4.ep2.etp2.z3.mb1", "tp2.dp2.sp.ep2.mb1", "dp2.pp2.ep2.mb1"):
+        assert unsupported(parse_slug(slug), MIXTURE) == (), slug
 
 
 @pytest.mark.parametrize(
