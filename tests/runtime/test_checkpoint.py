@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import autopar
-from autopar.errors import InputError, RunError
+from autopar.cli import run
+from autopar.errors import EXIT_OK, EXIT_USAGE, InputError, RunError
 from autopar.plan import parse_slug
 from autopar.runtime.checkpoint import Checkpoints, Loaded
 from autopar.runtime.checkpoint.contents import Content
@@ -452,3 +453,43 @@ def test_the_manifest_can_be_checked_by_hand(saved: tuple[Path, Made]) -> None:
     plain = json.loads((path / MANIFEST).read_text())
     assert plain["schema_version"] == 1 and plain["step"] == 3 and plain["optimizer"] == "AdamW"
     assert plain["scalars"]["0.weight"] == {"step": {"value": 3.0, "dtype": "F32"}}
+
+
+def test_show_lists_what_is_whole(saved: tuple[Path, Made], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved[0]
+    flip(folder / "step-00000002" / TENSORS)
+    (folder / "step-00000001").mkdir()
+    assert run(["checkpoint", "show", str(folder), "--json"]) == EXIT_OK
+    first, second, third = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert first["damage"].startswith("manifest.json cannot be read") and first["num_bytes"] == 0
+    assert second["damage"] == f"{TENSORS} was altered: its hash is not that of the manifest"
+    assert third["damage"] == "" and third["optimizer"] == "AdamW" and third["num_files"] == 1
+    assert third["num_bytes"] == sum(file.stat().st_size for file in (folder / "step-00000003").iterdir())
+    assert run(["checkpoint", "show", str(folder)]) == EXIT_OK
+    lines = capsys.readouterr().out.splitlines()
+    assert any("Sequential" in line and line.rstrip().endswith("whole") for line in lines)
+    assert run(["checkpoint", "show", str(folder), "--no-hash", "--json"]) == EXIT_OK
+    assert json.loads(capsys.readouterr().out)["checkpoints"][1]["damage"] == ""
+    assert run(["checkpoint", "show", str(folder / "nowhere")]) == EXIT_USAGE
+    assert "holds no checkpoints" in capsys.readouterr().err
+
+
+def test_export_is_the_whole_model(
+    saved: tuple[Path, Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, (model, _) = saved
+    out = tmp_path / "deep" / "model.safetensors"
+    assert run(["checkpoint", "export", str(folder), "-o", str(out)]) == EXIT_OK
+    expected = model.modules[0].state_dict()
+    with safe_open(out, framework="pt") as file:
+        assert set(file.keys()) == set(expected) and file.metadata()["step"] == "3"
+        assert all(torch.equal(file.get_tensor(key), value) for key, value in expected.items())
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert run(["checkpoint", "export", str(folder), "-o", str(out), "--step", "9"]) == EXIT_USAGE
+    assert "has no checkpoint of step 9; it has 2, 3" in capsys.readouterr().err
+    flip(folder / "step-00000003" / TENSORS)
+    assert run(["checkpoint", "export", str(folder), "-o", str(tmp_path / "other")]) == EXIT_USAGE
+    assert "was altered" in (message := capsys.readouterr().err) and "--step takes one of the others: 2" in message
+    assert not (tmp_path / "other").exists()
+    assert run(["checkpoint", "export", str(folder), "--step", "2", "-o", str(tmp_path)]) == EXIT_USAGE
+    assert "cannot be written" in capsys.readouterr().err

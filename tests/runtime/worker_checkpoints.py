@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import autopar
 from autopar.errors import InputError, RunError
@@ -19,6 +21,7 @@ from autopar.model.spec import ModelSpec
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import parse_slug
 from autopar.runtime.checkpoint import Checkpoints
+from autopar.runtime.checkpoint import checkpoints as module
 from autopar.runtime.checkpoint.contents import model_contents, optimizer_contents
 from autopar.runtime.checkpoint.folder import saved_steps, step_path
 from autopar.runtime.checkpoint.manifest import read_manifest
@@ -37,12 +40,14 @@ Made = tuple[ParallelModel, torch.optim.Optimizer]
 
 
 def make(slug: str, seed: int = 0, spec: ModelSpec = SPEC) -> Made:
-    """A model under a plan with its optimizer."""
-    plan = parse_slug(slug)
+    """A model under a plan with its optimizer; ``+zero`` behind the slug takes torch's own ZeRO-1 optimizer."""
+    plan = parse_slug(slug.removesuffix("+zero"))
     model = autopar.parallelize(
         build(spec, seed), plan, loss_fn=language_model_loss, device="cpu",
         num_microbatches=BATCH // plan.layout.dp // plan.microbatch_size,
     )  # fmt: skip
+    if slug.endswith("+zero"):
+        return model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=3e-3, fused=True)
     return model, torch.optim.AdamW(model.parameter_groups(), lr=3e-3, fused=True)
 
 
@@ -98,6 +103,7 @@ def write(folder: Path, slug: str) -> dict[str, Any]:
     checkpoints.save(BEFORE, *made, {"position": 7})
     kept, drawn = values(made), torch.rand(3)
     losses = [train(made, BEFORE + step) for step in range(AFTER)]
+    assert not all(same_bits(kept[key], value) for key, value in values(made).items()), "the control must differ"
     torch.manual_seed(99)
     loaded = checkpoints.load_latest(*made)
     assert loaded is not None and loaded.step == BEFORE and loaded.state == {"position": 7} and not loaded.skipped
@@ -199,12 +205,33 @@ def torn(folder: Path, slug: str) -> dict[str, Any]:
     return {"plan": f"torn {slug}", "messages": list(loaded.skipped)}
 
 
+def dies(folder: Path, slug: str) -> dict[str, Any]:
+    """Rank 1 is gone in the middle of a save: the launcher ends the run, and this is its last action."""
+    made, checkpoints = make(slug), Checkpoints(folder / "dies")
+    checkpoints.save(BEFORE, *made, {})
+    if dist.get_rank() == 1:
+        module.write_part = lambda *arguments: os._exit(9)
+    checkpoints.save(BEFORE + 1, *made, {})
+    raise AssertionError("saved without a rank")
+
+
+def survives(folder: Path, slug: str) -> dict[str, Any]:
+    """What was whole before a rank died is loaded, and what the dead save left is removed."""
+    left = sorted(path.name for path in (folder / "dies").iterdir())
+    dist.barrier()
+    loaded = Checkpoints(folder / "dies").load_latest(*make(slug))
+    assert loaded is not None and loaded.step == BEFORE and not loaded.skipped
+    assert sorted(path.name for path in (folder / "dies").iterdir()) == [f"step-{BEFORE:08d}"]
+    return {"plan": f"survives {slug}", "left": left}
+
+
 def _fields() -> dict[str, Any]:
     return {name: getattr(SPEC, name) for name in SPEC.__dataclass_fields__}
 
 
 ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "write": write, "carry": carry, "back": carry_back, "async": asynchronously, "failing": failing, "torn": torn,
+    "dies": dies, "survives": survives,
 }  # fmt: skip
 
 
