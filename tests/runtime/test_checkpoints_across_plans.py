@@ -32,11 +32,9 @@ def circle(plans: tuple[str, ...], rng: random.Random) -> list[tuple[str, str]]:
 
 
 def carried(pairs: list[tuple[str, str]]) -> list[Action]:
-    """Save under A, load under B, save, load under A."""
-    return [
-        action for source, slug in pairs
-        for action in (("carry", source, slug), ("back", f"{source}--{slug}", source))
-    ]  # fmt: skip
+    """Save under A, load under B, save, load under A; the way back of every other pair."""
+    there: list[Action] = [("carry", source, slug) for source, slug in pairs]
+    return there + [("back", f"{source}--{slug}", source) for source, slug in pairs[::2]]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,7 @@ def test_any_plan_reads_what_any_other_wrote(act: Callable[[int, list[Action]], 
     two: list[Action] = [("write", slug) for slug in TWO] + carried(circle(TWO, rng))
     two += [("async", "dp2.z3.mb4"), ("failing", "dp2.z3.mb4"), ("torn", "dp2.z3.mb4"), ("dies", "dp2.z3.mb4")]
     *messages, end = act(2, two)
-    assert "rank 1 of 2" in end["error"] and "dies dp2.z3.mb4" in end["error"], end
+    assert "rank 1 of 2 exited with code 9" in end["error"], end
     failing, torn = messages[-2]["messages"], messages[-1]["messages"]
     for message in failing[:2]:
         assert "the checkpoint of step 2 was not written: rank 1: File too large" in message
@@ -81,7 +79,8 @@ def test_any_plan_reads_what_any_other_wrote(act: Callable[[int, list[Action]], 
     four += carried(circle(FOUR, rng))
     four += [("carry", *pair) for pair in zip(rng.sample(TWO, 3), rng.sample(FOUR, 3), strict=True)]
     survived, *more = act(4, four)
-    assert survived["left"] == [".tmp-step-00000003", "step-00000002"], survived
+    # The rank that was left may still have cleaned up before it was ended.
+    assert "step-00000002" in survived["left"] and "step-00000003" not in survived["left"], survived
     messages += more
 
     one: list[Action] = [("write", "mb4")]
@@ -89,7 +88,7 @@ def test_any_plan_reads_what_any_other_wrote(act: Callable[[int, list[Action]], 
     messages += act(1, one)
     assert all("error" not in message for message in messages), messages
     losses = {message["plan"]: message["losses"] for message in messages if "losses" in message}
-    assert len(losses) == 3 * len(TWO) + 1 + 3 * len(FOUR) + 3 + 1 + 5
+    assert len(losses) == sum(action[0] in ("write", "carry", "back", "async") for action in two + four + one)
     reference = losses["mb4"]
     for plan, found in losses.items():
         if not plan.startswith("async"):
