@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -21,11 +22,17 @@ from torch.nn.parallel import DistributedDataParallel
 from autopar.plan import Plan
 from autopar.runtime.expert_parallel import ExpertRanks, shard_experts
 from autopar.runtime.mesh import data_mesh
+from autopar.runtime.precision import cast_when_used, gathered_in
 from autopar.runtime.private import ignore_in_ddp
 
 
 def replicate_or_shard(
-    module: nn.Module, mesh: DeviceMesh | None, plan: Plan, blocks: Iterable[str], experts: ExpertRanks | None = None
+    module: nn.Module,
+    mesh: DeviceMesh | None,
+    plan: Plan,
+    blocks: Iterable[str],
+    experts: ExpertRanks | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Wrap a module (the whole model or a stage) for the ranks of ``data_mesh``; without any, return it as it is.
 
@@ -38,20 +45,24 @@ def replicate_or_shard(
         plan: tells the ZeRO stage.
         blocks: names of submodules that are sharded one by one, those that ``module`` has.
         experts: if their ranks are others; those that are not sharded here are left to ``reduce_experts``.
+        compute_dtype: of forward and backward, if it is not that of the parameters.
     """
-    ranks = data_mesh(mesh)
+    ranks, policy, reshard = data_mesh(mesh), gathered_in(compute_dtype), plan.zero_stage == 3
+    left = {p for name, p in module.named_parameters() if experts is not None and name in experts.names}
+    sharding = ranks is not None and plan.zero_stage > 0
+    if sharding and experts is not None and experts.sharded:
+        shard_experts(module, experts, reshard=reshard, policy=policy)
+        left = set()
+    if compute_dtype is not None:
+        cast_when_used(module, compute_dtype, only=left if sharding else None)
     if ranks is None:
         return module
-    left = {name: p for name, p in module.named_parameters() if experts is not None and name in experts.names}
-    if plan.zero_stage == 0:
-        ignore_in_ddp(module, left)
+    if not sharding:
+        ignore_in_ddp(module, (name for name, parameter in module.named_parameters() if parameter in left))
         return DistributedDataParallel(module, device_mesh=ranks, gradient_as_bucket_view=True, broadcast_buffers=False)
-    names, reshard = {name for name, _ in module.named_modules()}, plan.zero_stage == 3
-    if experts is not None and experts.sharded:
-        shard_experts(module, experts, reshard=reshard)
-        left = {}
+    names = {name for name, _ in module.named_modules()}
     for part in (*(module.get_submodule(name) for name in blocks if name in names), module):
-        fully_shard(part, mesh=ranks, reshard_after_forward=reshard, ignored_params=set(left.values()))
+        fully_shard(part, mesh=ranks, reshard_after_forward=reshard, mp_policy=policy, ignored_params=left)
     return module
 
 

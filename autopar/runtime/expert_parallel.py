@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -233,7 +233,7 @@ def _divide_product(product: ExpertProduct, holders: DeviceMesh, width_dim: int)
         product.register_parameter(name, nn.Parameter(divided))
 
 
-def shard_experts(chain: nn.Module, ranks: ExpertRanks, *, reshard: bool) -> None:
+def shard_experts(chain: nn.Module, ranks: ExpertRanks, *, reshard: bool, policy: MixedPrecisionPolicy) -> None:
     """Divide experts over the ranks that hold equal ones, as ``fully_shard`` does, each mixture by itself.
 
     Its division of the gradient would be by its own ranks, not by those of the loss.
@@ -246,6 +246,7 @@ def shard_experts(chain: nn.Module, ranks: ExpertRanks, *, reshard: bool) -> Non
             [mixture.up, mixture.down],
             mesh=mesh,
             reshard_after_forward=reshard,
+            mp_policy=policy,
             shard_placement_fn=lambda parameter: _shard_dim(parameter, size),
         )
         for module in sharded:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autopar.errors import InputError
 from autopar.plan import Plan
+from autopar.runtime.clipping import clip_grad_norm_
 from autopar.runtime.context_parallel import SEQUENCE_DIM, ContextPart
 from autopar.runtime.data_parallel import accumulating
 from autopar.runtime.expert_parallel import ExpertRanks, reduce_experts
@@ -22,6 +23,7 @@ from autopar.runtime.holdings import Holding
 from autopar.runtime.mesh import submesh
 from autopar.runtime.parts import boundaries
 from autopar.runtime.pipeline import LossFn, Observer, Unobserved, build_schedule, observed, rank_of
+from autopar.runtime.precision import casting_once, narrowed, plain_name
 from autopar.runtime.support import sequence_divisor
 from autopar.runtime.tensor_parallel import reduce_partial, set_aside
 
@@ -38,6 +40,7 @@ class ParallelModel:
         num_microbatches: forward passes per step.
         modules: one per virtual stage of this rank, wrapped; without a pipeline just the model.
         loss_fn: of one microbatch.
+        compute_dtype: of forward and backward, if it is not that of the parameters.
         owned: this rank's parameters by name. Kept, since DDP over tensor parallel modules hides theirs.
         holdings: what of the whole model each of ``owned`` is, in the same order.
         partial_names: parameters whose gradients are summed over the tensor parallel ranks at the end of a step.
@@ -54,6 +57,7 @@ class ParallelModel:
     num_microbatches: int
     modules: tuple[nn.Module, ...]
     loss_fn: LossFn
+    compute_dtype: torch.dtype | None
     owned: tuple[tuple[str, nn.Parameter], ...]
     holdings: tuple[Holding, ...]
     partial_names: frozenset[str]
@@ -103,6 +107,7 @@ class ParallelModel:
                 them.
         """
         self._check_batch(inputs, targets)
+        inputs = narrowed(inputs, self.compute_dtype)
         if self.context is not None:
             inputs, targets = self.context.local(inputs), self.context.local(targets)
         step = self._pipeline_step if self.plan.layout.pp > 1 else self._plain_step
@@ -110,7 +115,8 @@ class ParallelModel:
         local = self.experts is not None and not self.experts.sharded
         experts = [p for name, p in self.owned if local and name in self.experts.names]
         with set_aside([*partial, *experts]):
-            loss = step(inputs, targets)
+            with casting_once(self.compute_dtype):
+                loss = step(inputs, targets)
             if partial:
                 mesh = submesh(self.mesh, "tp")
                 assert mesh is not None
@@ -121,6 +127,16 @@ class ParallelModel:
             loss = loss.to(torch.float32)
             dist.all_reduce(loss, dist.ReduceOp.AVG, group=self.context.group)
         return loss
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Shorten the gradient of the whole model to ``max_norm`` if it is longer; every rank calls it.
+
+        Returns:
+            Its norm before, a scalar in fp32, the same on every rank: that of all parameters of the whole model, each
+            counted once. inf for ``max_norm`` only measures it.
+        """
+        held = ((parameter, holding) for (_, parameter), holding in zip(self.owned, self.holdings, strict=True))
+        return clip_grad_norm_(held, max_norm, self.device)
 
     def _check_batch(self, inputs: Tensor, targets: Tensor) -> None:
         if inputs.shape[0] % self.num_microbatches:
@@ -215,4 +231,4 @@ class _Relay:
 def named_parameters(modules: Iterable[nn.Module]) -> tuple[tuple[str, nn.Parameter], ...]:
     """Parameters of wrapped modules under their names in the whole model."""
     inner = [module.module if isinstance(module, DistributedDataParallel) else module for module in modules]
-    return tuple(named for module in inner for named in module.named_parameters())
+    return tuple((plain_name(name), p) for module in inner for name, p in module.named_parameters())

@@ -26,6 +26,7 @@ from autopar.runtime.mesh import build_mesh, submesh
 from autopar.runtime.parallel_model import ParallelModel, named_parameters
 from autopar.runtime.parts import Chain, Parts, find_parts, skeleton
 from autopar.runtime.pipeline import LossFn, stages_of_rank
+from autopar.runtime.precision import in_fp32
 from autopar.runtime.private import has_dropout
 from autopar.runtime.support import check_supported
 from autopar.runtime.tensor_parallel import divide, resolve_plan
@@ -40,6 +41,7 @@ def parallelize(
     device: torch.device | str | None = None,
     tensor_parallel_plan: Mapping[str, str] | None = None,
     mesh: DeviceMesh | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> ParallelModel:
     """Turn a module into this rank's part of it under a plan. Every rank calls it with an equal module.
 
@@ -64,6 +66,8 @@ def parallelize(
         device: where to compute; by default this rank's CUDA device, or the CPU where there is none.
         tensor_parallel_plan: instead of the module's own.
         mesh: of this layout, to use process groups again; made if None.
+        compute_dtype: of forward, backward and what they send, such as ``torch.bfloat16``. Parameters, the sums of
+            their gradients and the loss keep the module's own type, fp32. None computes in that as well.
 
     Raises:
         PlanError: the plan does not fit the ranks, the module or this executor; the message says what to use.
@@ -94,7 +98,9 @@ def parallelize(
         if plan.recompute is Recompute.FULL:
             _recompute_blocks(chain, parts)
         divided |= cuts_by_name(chain)
-        wrapped.append(replicate_or_shard(chain, mesh, plan, parts.blocks, experts))
+        wrapped.append(replicate_or_shard(chain, mesh, plan, parts.blocks, experts, compute_dtype))
+    if compute_dtype is not None:
+        loss_fn, bare_chains = in_fp32(loss_fn), tuple(chain.to(compute_dtype) for chain in bare_chains)
     owned = named_parameters(wrapped)
     return ParallelModel(
         name=spec.name if isinstance(spec, ModelSpec) else type(module).__name__,
@@ -104,6 +110,7 @@ def parallelize(
         num_microbatches=num_microbatches,
         modules=tuple(wrapped),
         loss_fn=loss_fn,
+        compute_dtype=compute_dtype,
         owned=owned,
         holdings=find_holdings(whole, owned, divided),
         context=context,

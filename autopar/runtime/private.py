@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
@@ -134,3 +135,9 @@ def pipeline_runtime(
         {rank: [_Action.from_str(step) for step in row] for rank, row in enumerate(rows)}
     )
     return runtime
+
+
+def multiply_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply all tensors by a scalar in place, in few kernels."""
+    if tensors:
+        torch._foreach_mul_(list(tensors), factor)

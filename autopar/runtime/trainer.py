@@ -23,7 +23,7 @@ from autopar.runtime.rates import rate_at
 from autopar.runtime.spans import OPTIMIZER
 from autopar.workload import Precision
 
-DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
+COMPUTE_DTYPES = {Precision.FP32: None, Precision.BF16: torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,14 +119,14 @@ def build_trainer(
     job: TrainJob, plan: Plan, device: torch.device, mesh: DeviceMesh | None, observer: Observer
 ) -> Trainer:
     """Build the model from its seed, divide it by the plan, and make its optimizer."""
-    module = build(job.model, job.seed).to(DTYPES[job.workload.precision])
     model = parallelize(
-        module,
+        build(job.model, job.seed),
         plan,
         loss_fn=language_model_loss,
         num_microbatches=plan.num_microbatches(job.workload),
         device=device,
         mesh=mesh,
+        compute_dtype=COMPUTE_DTYPES[job.workload.precision],
     )
     model.observer = observer
     optimizer = build_optimizer(
