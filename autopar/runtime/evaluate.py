@@ -32,7 +32,19 @@ def evaluate(model: ParallelModel, batches: Iterable[Tensor]) -> float:
 
 
 def forward_loss(model: ParallelModel, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss of this data parallel rank's sequences, on every rank of its pipeline: fp32 scalar."""
+    """Mean loss of this data parallel rank's sequences, on every rank that shares them: fp32 scalar.
+
+    Arguments as in ``ParallelModel.train_step``.
+    """
+    if model.context is not None:
+        inputs, targets = model.context.local(inputs), model.context.local(targets)
+    loss = _microbatch_losses(model, inputs, targets)
+    if model.context is not None:
+        dist.all_reduce(loss, dist.ReduceOp.AVG, group=model.context.group)
+    return loss
+
+
+def _microbatch_losses(model: ParallelModel, inputs: Tensor, targets: Tensor) -> Tensor:
     microbatches = list(zip(inputs.chunk(model.num_microbatches), targets.chunk(model.num_microbatches), strict=True))
     if model.plan.layout.pp == 1:
         losses = [model.loss_fn(model.modules[0](batch), wanted) for batch, wanted in microbatches]

@@ -57,7 +57,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saving:
-    """Checkpoints, in ``out_dir/checkpoints``.
+    """Checkpoints of a run. A worker always goes on from the newest one that it finds.
 
     Attributes:
         every_steps: between checkpoints; 0 for none by steps.
@@ -65,7 +65,7 @@ class Saving:
         at_end: one after the last step, and one when the run is told to stop.
         keep: newest ones that stay.
         asynchronous: write while training goes on.
-        resume: go on from the newest one that is there.
+        resume: go on from the newest one that is there; otherwise they are put aside before the run is started.
     """
 
     every_steps: int = 0
@@ -160,6 +160,11 @@ class TrainJob:
     def total_steps(self) -> int:
         """Steps of each plan in all."""
         return self.steps if self.training else self.warmup + INSPECTED_STEPS + self.steps
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where checkpoints of real training go."""
+        return Path(self.out_dir) / CHECKPOINTS
 
     def measurement_file(self, plan: Plan) -> Path:
         """Where the measurement of a plan goes."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from autopar.errors import RunError
 from autopar.measurement import Measurement, read_measurement
-from autopar.runtime.job import CHECKPOINTS, TrainJob, check_job, write_job
+from autopar.runtime.identity import check_identity
+from autopar.runtime.job import TrainJob, check_job, write_job
 from autopar.runtime.launch import OnMessage, launch
 from autopar.runtime.nodes import Node
 from autopar.runtime.outcome import OUTCOME, Outcome, read_outcome
@@ -76,12 +78,16 @@ def run_training(
     ``launch``, of which a restart also says ``resumes_from``: the newest checkpoint, by name.
 
     Raises:
-        InputError, PlanError: the job cannot work; nothing was started.
+        InputError, PlanError: the job cannot work, or ``out_dir`` has checkpoints of another one; nothing was started.
         RunError: a rank died or hung.
     """
     assert job.training is not None
     check_job(job, len(nodes) * ranks_per_node)
     out_dir, [plan] = Path(job.out_dir), job.plans
+    if job.training.saving.resume:
+        check_resumable(job)
+    else:
+        put_aside(job.checkpoint_folder)
     (out_dir / OUTCOME).unlink(missing_ok=True)
     write_job(out_dir / "job.json", dataclasses.replace(job, timeout_s=stall_timeout_s))
     launch(
@@ -92,7 +98,7 @@ def run_training(
         out_dir=out_dir,
         stall_timeout_s=stall_timeout_s,
         max_restarts=max_restarts,
-        on_message=None if on_message is None else lambda message: on_message(_with_checkpoint(message, out_dir)),
+        on_message=None if on_message is None else lambda message: on_message(_with_checkpoint(message, job.checkpoint_folder)),
     )
     if not (out_dir / OUTCOME).exists():
         raise RunError(f"the run ended well but left no {out_dir / OUTCOME}")
@@ -100,8 +106,32 @@ def run_training(
     return read_outcome(out_dir), read_measurement(file) if file.exists() else None
 
 
-def _with_checkpoint(message: dict[str, Any], out_dir: Path) -> dict[str, Any]:
+def _with_checkpoint(message: dict[str, Any], folder: Path) -> dict[str, Any]:
     if message.get("event") != "restart":
         return message
-    found = sorted(path.name for path in (out_dir / CHECKPOINTS).glob("step-*"))
+    found = sorted(path.name for path in folder.glob("step-*"))
     return {**message, "resumes_from": found[-1] if found else "the beginning"}
+
+
+def check_resumable(job: TrainJob) -> None:
+    """Raise InputError if the newest checkpoint of a job's folder is of another training."""
+    if not job.checkpoint_folder.is_dir():
+        return
+    # Checkpoints are torch's; where there are none, nothing is imported.
+    from autopar.runtime.checkpoint.folder import saved_steps, step_path
+    from autopar.runtime.checkpoint.manifest import Damaged, read_manifest
+
+    for step in reversed(saved_steps(job.checkpoint_folder)):
+        try:
+            found = read_manifest(step_path(job.checkpoint_folder, step)).state["identity"]
+        except Damaged:
+            continue
+        check_identity(found, job, f"{job.checkpoint_folder}, step {step},")
+        return
+
+
+def put_aside(folder: Path) -> None:
+    """Give a folder the first free name ``folder.1``, ``folder.2``, ...; nothing if it is not there."""
+    if folder.exists():
+        number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.{number}"))

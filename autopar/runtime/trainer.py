@@ -18,7 +18,6 @@ from autopar.runtime.optimizer import AdamWOptions, build_optimizer
 from autopar.runtime.parallel_model import ParallelModel
 from autopar.runtime.parallelize import parallelize
 from autopar.runtime.pipeline import Observer, observed
-from autopar.runtime.private import has_dropout
 from autopar.runtime.rates import rate_at
 from autopar.runtime.spans import OPTIMIZER
 from autopar.workload import Precision
@@ -53,7 +52,6 @@ class Trainer:
     plan: Plan
     model: ParallelModel
     optimizer: torch.optim.Optimizer
-    draws: bool
     next_step: int = 0
 
     def step(
@@ -66,9 +64,6 @@ class Trainer:
             observer: told of this step's actions instead of the usual one.
             on_gradients: called when the gradients are there.
         """
-        if self.draws:
-            # A function of seed and step, so that a run that goes on draws what it would have drawn.
-            torch.manual_seed(self.job.seed * 2**32 + self.next_step)
         if observer is not None:
             self.model.observer, usual = observer, self.model.observer
         loss = self.model.train_step(batch[:, :-1], batch[:, 1:])
@@ -133,4 +128,4 @@ def build_trainer(
         model, job.workload.optimizer, learning_rate=job.learning_rate,
         adamw=AdamWOptions(betas=job.betas, weight_decay=job.weight_decay),
     )  # fmt: skip
-    return Trainer(job=job, plan=plan, model=model, optimizer=optimizer, draws=any(map(has_dropout, model.modules)))
+    return Trainer(job=job, plan=plan, model=model, optimizer=optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,13 +40,15 @@ def train(job: TrainJob, training: Training, device: torch.device, progress: Pro
     [plan] = job.plans
     progress.update(plan=plan.slug, step=0, doing="building")
     announce({"event": "plan_begin", "slug": plan.slug, "index": 0, "plans": 1})
+    # Ranks that share sequences draw the same, others not; a checkpoint brings what was drawn from so far.
+    torch.manual_seed(job.seed * plan.layout.dp + plan.layout.data_share(dist.get_rank()))
     trainer = build_trainer(job, plan, device, build_mesh(plan.layout, device.type), Ticks(progress))
     evaluation, batch = training.evaluation, job.workload.global_batch
     samples, held_out = training_samples(
         job.data.tokens, job.workload.seq_len, validation=job.data.validation, seed=job.seed,
         validation_sequences=evaluation.batches * batch if evaluation.every else 0,
     )  # fmt: skip
-    saver, hosts = Saver(job, training.saving), Hosts()
+    saver, hosts = Saver(job, training.saving, progress.tick), Hosts()
     next_sample = saver.resume(trainer)
     first_step = trainer.next_step
     reporter = Reporter(job, training, first_step)
@@ -72,8 +75,8 @@ def train(job: TrainJob, training: Training, device: torch.device, progress: Pro
             if evaluating or saving or ending:
                 _tell(meter.collect(), reporter, measured, poll)
             if evaluating:
-                progress.tick("evaluation")
-                reporter.add_validation(ValidationRecord(step=done, loss=_validate(trainer, held_out, evaluation)))
+                loss = _validate(trainer, held_out, evaluation, progress)
+                reporter.add_validation(ValidationRecord(step=done, loss=loss))
             if saving:
                 progress.tick("checkpoint")
                 saver.save(trainer, feed.next_sample)
@@ -95,10 +98,15 @@ def _feed(trainer: Trainer, samples: Samples, next_sample: int) -> Feed:
     )  # fmt: skip
 
 
-def _validate(trainer: Trainer, held_out: Samples, evaluation: Evaluation) -> float:
-    feed = _feed(trainer, held_out, 0)
-    with feed:
-        return evaluate(trainer.model, (feed.take() for _ in range(evaluation.batches)))
+def _validate(trainer: Trainer, held_out: Samples, evaluation: Evaluation, progress: Progress) -> float:
+    with _feed(trainer, held_out, 0) as feed:
+
+        def batches() -> Iterator[Tensor]:
+            for number in range(evaluation.batches):
+                progress.tick(f"evaluation {number}")
+                yield feed.take()
+
+        return evaluate(trainer.model, batches())
 
 
 def _tell(records: tuple[StepRecord, ...], reporter: Reporter, measured: _Measured, poll: Poll) -> None:
