@@ -1,14 +1,13 @@
-"""``autopar profile``, ``run``, ``demo`` and ``gpu``: commands that measure."""
+"""``autopar profile``, ``demo`` and ``gpu``: commands that measure."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from autopar.cli.common import Device, JsonFlag, app, progress, say, show, terminal_width
+from autopar.cli.common import Device, app, progress, say, show, terminal_width
 from autopar.workload import Precision
 
 
@@ -35,53 +34,6 @@ def profile(
         )  # fmt: skip
     show(profile_table(measured, width=terminal_width()))
     say(f"wrote {out}")
-
-
-@app.command("run")
-def run_plan(
-    plan_file: Annotated[Path, typer.Argument(help="plan.json, as `autopar plan -o` and `autopar demo` write it.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for measurements and logs.")] = Path("runs"),
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 12,
-    device: Device = "auto",
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds without progress after which all ranks end.")] = 180,
-    as_json: JsonFlag = False,
-) -> None:
-    """Run a plan for real on this machine and measure step time, memory and collectives."""
-    from autopar.demo import resolve_device
-    from autopar.plan import read_plan_file
-    from autopar.runtime.job import TrainJob
-    from autopar.runtime.nodes import local_node
-    from autopar.runtime.run import run_plans
-
-    content = read_plan_file(plan_file)
-    job = TrainJob(
-        model=content.model, workload=content.workload, plans=(content.plan,), steps=steps, out_dir=str(out),
-        device=resolve_device(device),
-    )  # fmt: skip
-    with progress() as on_message:
-        [measured] = run_plans(
-            job, nodes=(local_node(),), ranks_per_node=content.plan.layout.world_size, stall_timeout_s=timeout,
-            on_message=on_message,
-        )  # fmt: skip
-    found = {
-        "slug": measured.slug,
-        "step_s": measured.median_step_s,
-        "peak_bytes": measured.peak_bytes,
-        "losses": list(measured.losses),
-        "predicted": dict(content.predicted),
-    }
-    if as_json:
-        print(json.dumps({"schema_version": 1, **found}))
-    else:
-        from costmodels.units import format_bytes, format_seconds
-
-        predicted = content.predicted.get("step_s")
-        expected = f", predicted {format_seconds(predicted)}" if predicted else ""
-        print(
-            f"{measured.slug}: {format_seconds(measured.median_step_s)} per step{expected}; peak of a rank "
-            f"{format_bytes(measured.peak_bytes)}; loss {measured.losses[0]:.4f} to {measured.losses[-1]:.4f}"
-        )
-    say(f"wrote {job.measurement_file(content.plan)}")
 
 
 @app.command()

@@ -33,6 +33,7 @@ from autopar.plan import Plan, Recompute, check_plan
 from autopar.shard import boundary_bytes
 
 __all__ = [
+    "FLOPS_CONVENTION",
     "Costs",
     "Estimate",
     "PlanArrays",
@@ -42,6 +43,7 @@ __all__ = [
     "estimates",
     "timeline",
     "to_arrays",
+    "useful_flops",
 ]
 
 AT_ONCE = 8192
@@ -187,7 +189,7 @@ def estimate(setting: Setting, plan: Plan, priced: tuple[Prices, Ints] | None = 
     per_rank = tuple(dict(zip(ITEMS, sizes, strict=True)) for sizes in zip(*by_item.values(), strict=True))
     device, precision = setting.cluster.device, setting.workload.precision.value
     world = setting.cluster.world_size
-    flops = _useful_flops(setting.graph) * setting.workload.global_batch
+    flops = useful_flops(setting.graph) * setting.workload.global_batch
     rate = flops / step_s / world
     return Estimate(
         plan=plan,
@@ -212,7 +214,7 @@ def estimate(setting: Setting, plan: Plan, priced: tuple[Prices, Ints] | None = 
 
 
 @lru_cache(maxsize=256)
-def _useful_flops(graph: OpGraph) -> float:
+def useful_flops(graph: OpGraph) -> float:
     """FLOP of a sequence's forward and backward."""
     return 3 * graph.model_flops()[0] / graph.batch_size
 

@@ -49,6 +49,8 @@ class ProgressLine:
             where = f" from {message['resumes_from']}" if "resumes_from" in message else ""
             line = f"{message['what']}: restart {message['restart']} of {message['of']}{where}"
             self._console.print(line, markup=False, soft_wrap=True)
+        elif message.get("event") == "log":
+            self._console.print(str(message["line"]), markup=False, highlight=False, soft_wrap=True)
         elif message.get("event") == "plan_begin":
             self._show("run", message["slug"], 0, 1, f" ({message['index'] + 1} of {message['plans']})")
         elif message.get("event") == "step":

@@ -88,6 +88,11 @@ def run_training(
         check_resumable(job)
     else:
         put_aside(job.checkpoint_folder)
+
+    def told(message: dict[str, Any]) -> None:
+        if on_message is not None:
+            on_message(_with_checkpoint(message, job.checkpoint_folder))
+
     (out_dir / OUTCOME).unlink(missing_ok=True)
     write_job(out_dir / "job.json", dataclasses.replace(job, timeout_s=stall_timeout_s))
     launch(
@@ -98,7 +103,7 @@ def run_training(
         out_dir=out_dir,
         stall_timeout_s=stall_timeout_s,
         max_restarts=max_restarts,
-        on_message=None if on_message is None else lambda message: on_message(_with_checkpoint(message, job.checkpoint_folder)),
+        on_message=told,
     )
     if not (out_dir / OUTCOME).exists():
         raise RunError(f"the run ended well but left no {out_dir / OUTCOME}")

@@ -90,7 +90,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     """
     if not path:
         return Bytes()
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    file = tokenizer_file(path)
     if not file.is_file():
         raise InputError(f"tokenizer {path}: no such file; it is a tokenizer.json or its folder")
     content = file.read_bytes()
@@ -104,6 +104,11 @@ def load_tokenizer(path: str) -> Tokenizer:
         vocab_size=_highest(inner) + 1,
         separator=next((found for s in SEPARATORS if (found := inner.token_to_id(s)) is not None), None),
     )
+
+
+def tokenizer_file(path: str) -> Path:
+    """The tokenizer.json that a path means: itself, or the one in that folder."""
+    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
 
 
 def train_tokenizer(files: Sequence[Path], vocab_size: int, path: Path) -> None:
