@@ -149,11 +149,11 @@ def test_stopped_and_gone_on_with_under_another_plan(
     """SIGTERM to one rank ends all of them well; another plan goes on where they were."""
 
     def stop_it(message: dict[str, Any]) -> None:
-        if "step 8/" in message.get("line", "").replace("  ", " "):
+        if "step  1/" in message.get("line", ""):
             os.kill(read_statuses(tmp_path, 2)[1].pid, signal.SIGTERM)
 
     first, _ = train(job(tmp_path, "pp2.mb2"), stop_it)
-    assert first.stopped and 8 <= first.steps_done < STEPS
+    assert first.stopped and 1 <= first.steps_done < STEPS
     assert read_outcome(tmp_path) == first
     second, _ = train(job(tmp_path, "dp2.mb1"))
     assert (second.first_step, second.steps_done, second.stopped) == (first.steps_done, STEPS, False)
