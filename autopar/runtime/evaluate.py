@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from autopar.runtime.parallel_model import ParallelModel
 from autopar.runtime.pipeline import rank_of, stages_of_rank
+from autopar.runtime.precision import casting_once, narrowed
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def evaluate(model: ParallelModel, batches: Iterable[Tensor]) -> float:
         batches: this data parallel rank's shares, int64 [local batch, seq_len + 1], on its device; as many on every
             rank, and each as large as a training step's share.
     """
-    with _evaluating(model):
+    with _evaluating(model), casting_once(model.compute_dtype):
         losses = [forward_loss(model, batch[:, :-1], batch[:, 1:]) for batch in batches]
     mean = torch.stack(losses).mean()
     # Every rank of a pipeline and tensor parallel group has the same loss: the mean of all is that over the data.
@@ -36,6 +37,7 @@ def forward_loss(model: ParallelModel, inputs: Tensor, targets: Tensor) -> Tenso
 
     Arguments as in ``ParallelModel.train_step``.
     """
+    inputs = narrowed(inputs, model.compute_dtype)
     if model.context is not None:
         inputs, targets = model.context.local(inputs), model.context.local(targets)
     loss = _microbatch_losses(model, inputs, targets)
