@@ -17,11 +17,20 @@ from autopar.measurement import CountedCollective
 from autopar.plan import V_SCHEDULES, Plan, Recompute
 from autopar.schedule.actions import Action, Direction, build_schedule
 from autopar.schedule.notation import rank_of_stage
-from autopar.shard import Degrees, boundary_bytes, owned_parameters, parameter_share, tensor_collectives
+from autopar.shard import (
+    Degrees,
+    batch_scale,
+    boundary_bytes,
+    context_collectives,
+    owned_parameters,
+    parameter_share,
+    tensor_collectives,
+)
 from costmodels.stack import Stack
 
 Key = tuple[str, str, int]
 LOSS_BYTES = 4
+STATISTIC_BYTES = 4
 
 
 class _Ledger:
@@ -54,37 +63,66 @@ def expected_collectives(setting: Setting, plan: Plan) -> tuple[tuple[CountedCol
     schedule = build_schedule(plan.schedule, layout.pp, m, layout.vp)
     entries = []
     for rank in range(layout.pp):
-        ledger = _Ledger()
+        ledger, partial = _Ledger(), 0.0
         for stage in sorted({action.stage for action in schedule[rank]}):
             held = range(first_block[stage], first_block[stage + 1])
             by_block = [graph.block_ops(block) for block in held]
             before = graph.block_ops(-1) if stage == 0 else ()
             after = graph.block_ops(graph.num_blocks) if stage == plan.num_stages - 1 else ()
             _count_tensor(ledger, setting, plan, by_block, (*before, *after), m)
+            _count_context(ledger, setting, plan, by_block, m)
+            partial += _partial_elements(setting, plan, (*before, *(op for ops in by_block for op in ops), *after))
             actions = [action for action in schedule[rank] if action.stage == stage]
             _count_data(ledger, setting, plan, (before, *by_block, after), actions)
             _count_pipeline(ledger, setting, plan, stage, m)
+        ledger.add("all_reduce", "tp", layout.tp, 1 if partial else 0, partial * setting.gradient_bytes)
+        # Context parallel ranks average the loss.
+        ledger.add("all_reduce", "cp", layout.cp, 1, LOSS_BYTES)
         entries.append(ledger.entries())
     return tuple(entries[layout.coordinates(rank)["pp"]] for rank in range(layout.world_size))
 
 
 def _degrees(plan: Plan) -> Degrees:
-    return Degrees(tp=plan.layout.tp, cp=1, sp=plan.sequence_parallel, microbatch=plan.microbatch_size)
+    return Degrees(tp=plan.layout.tp, cp=plan.layout.cp, sp=plan.sequence_parallel, microbatch=plan.microbatch_size)
 
 
 def _count_tensor(
     ledger: _Ledger, setting: Setting, plan: Plan, by_block: Sequence[Sequence[Op]], ends: Sequence[Op], m: int
 ) -> None:
     graph, degrees, tp = setting.graph, _degrees(plan), plan.layout.tp
-    block_ops = [op for ops in by_block for op in ops]
-    for ops, recomputed in ((block_ops, plan.recompute is Recompute.FULL), (ends, False)):
+    for index, ops in enumerate((*by_block, ends)):
+        recomputed = plan.recompute is Recompute.FULL and index < min(
+            plan.recompute_layers or len(by_block), len(by_block)
+        )
+        # Nobody needs the result of the last product again: recomputation stops before it.
+        last = next((op.name for op in reversed(ops) if op.split is Split.ROW), "")
         for found in tensor_collectives(ops, graph, degrees, setting.stack):
-            times = m * (2 if recomputed and found.phase == "forward" else 1)
+            times = m * (2 if recomputed and found.phase == "forward" and found.source != last else 1)
             ledger.add(found.kind, "tp", tp, times * float(found.count), times * float(found.num_bytes))
-    if plan.sequence_parallel:
-        # Norms see a part of the tokens: their gradients are added up once a step.
-        partial = sum(p.elements for p in owned_parameters(op for op in (*block_ops, *ends) if _is_norm(op)))
-        ledger.add("all_reduce", "tp", tp, 1 if partial else 0, partial * setting.gradient_bytes)
+    if setting.stack.tensor.vocab_parallel:
+        # A divided loss takes a maximum, a sum, and the target's share of every token over the ranks.
+        tokens = graph.batch_size * graph.seq_len * float(batch_scale(graph, degrees)) / plan.layout.cp
+        for op in ends:
+            if op.kind is OpKind.LOSS:
+                ledger.add("all_reduce", "tp", tp, 3 * m, 3 * m * tokens * STATISTIC_BYTES)
+
+
+def _count_context(ledger: _Ledger, setting: Setting, plan: Plan, by_block: Sequence[Sequence[Op]], m: int) -> None:
+    """Keys and values gathered in forward, gathered again in backward or in the forward that it recomputes; reduced."""
+    for ops in by_block:
+        for found in context_collectives(ops, setting.graph, _degrees(plan)):
+            ledger.add(found.kind, "cp", plan.layout.cp, m * float(found.count), m * float(found.num_bytes))
+
+
+def _partial_elements(setting: Setting, plan: Plan, ops: Iterable[Op]) -> float:
+    """Weights that see a part of the tokens under sequence parallelism: their gradients are added up once a step."""
+    if not plan.sequence_parallel:
+        return 0.0
+    positions = setting.stack.tensor.vocab_parallel
+    seeing = (
+        op for op in ops if _is_norm(op) or (positions and op.kind is OpKind.EMBEDDING and op.split is Split.NONE)
+    )
+    return sum(parameter.elements for parameter in owned_parameters(seeing))
 
 
 def _is_norm(op: Op) -> bool:
@@ -99,17 +137,16 @@ def _count_data(
     if plan.zero_stage == 0:
         whole = [size for ops in parts for size in parameter_elements(ops, plan, setting.stack)]
         sizes = [size * setting.reduce_bytes for size in whole]
-        ledger.add("all_reduce", "dp", layout.dp, num_buckets(sizes, setting.stack), sum(sizes))
+        ledger.add("all_reduce", "dp", layout.dp * layout.cp, num_buckets(sizes, setting.stack), sum(sizes))
         return
     groups = [ops for ops in (*parts[1:-1], (*parts[0], *parts[-1])) if owned_parameters(ops)]
     axis = "dp_shard" if layout.dp_replicate > 1 else "dp"
-    gathers = num_gathers(actions, plan)
+    gathers, shards = num_gathers(actions, plan), layout.dp_shard * layout.cp
     for ops in groups:
         elements = sum(parameter_elements(ops, plan, setting.stack))
-        ledger.add("all_gather", axis, layout.dp_shard, gathers, gathers * elements * setting.weight_bytes)
-        ledger.add("reduce_scatter", axis, layout.dp_shard, 1, elements * setting.reduce_bytes)
-        shard = elements * setting.reduce_bytes / layout.dp_shard
-        ledger.add("all_reduce", "dp_replicate", layout.dp_replicate, 1, shard)
+        ledger.add("all_gather", axis, shards, gathers, gathers * elements * setting.weight_bytes)
+        ledger.add("reduce_scatter", axis, shards, 1, elements * setting.reduce_bytes)
+        ledger.add("all_reduce", "dp_replicate", layout.dp_replicate, 1, elements * setting.reduce_bytes / shards)
 
 
 def parameter_elements(ops: Iterable[Op], plan: Plan, stack: Stack) -> list[float]:

@@ -110,7 +110,8 @@ class Attention(nn.Module):
         """Attend within each sequence: [B, S, h] to [B, S, h]."""
         batch, length = x.shape[0], x.shape[1]
         if self.qkv is not None:
-            query, key, value = self.qkv(x).split(self.widths, dim=-1)
+            fused = self.qkv(x)
+            query, key, value = fused.split([width * fused.shape[-1] // sum(self.widths) for width in self.widths], -1)
         else:
             query, key, value = self.query(x), self.key(x), self.value(x)
         query, key, value = (part.view(batch, length, -1, self.head_size) for part in (query, key, value))
@@ -170,13 +171,16 @@ class Transformer(nn.Module):
 
     @property
     def tensor_parallel_plan(self) -> Mapping[str, str]:
-        """Which products tensor parallelism divides, by module name pattern (``*`` is one path component).
+        """How tensor parallelism divides the modules, by name pattern (``*`` is one path component).
 
-        ``colwise`` divides output features, ``rowwise`` input features. A fused ``qkv`` product mixes query, key and
-        value in one output: a plain column split of it would be wrong, and the executor refuses it.
+        Styles are those of ``autopar.runtime.tensor_parallel``.
         """
-        products = ("qkv",) if self.spec.fused_qkv else ("query", "key", "value")
-        plan = {f"blocks.*.attention.{name}": "colwise" for name in products}
+        spec, plan = self.spec, {"embedding.token": "vocab", "head": "vocab"}
+        if spec.fused_qkv:
+            query_width, kv_width = spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
+            plan["blocks.*.attention.qkv"] = f"colwise-fused {query_width} {kv_width} {kv_width}"
+        else:
+            plan |= {f"blocks.*.attention.{name}": "colwise" for name in ("query", "key", "value")}
         plan["blocks.*.attention.output"] = "rowwise"
         for part in self._feed_forward_parts():
             plan |= {f"{part}.{name}": "colwise" for name in (("gate", "up") if self.spec.gated_mlp else ("up",))}
@@ -189,6 +193,16 @@ class Transformer(nn.Module):
         dense = ("blocks.*.mlp",) if spec.dense_layers or not spec.num_experts else ()
         shared = ("blocks.*.moe.shared",) if spec.shared_ffn_size and spec.dense_layers < spec.num_layers else ()
         return dense + shared
+
+    @property
+    def recompute_parts(self) -> Mapping[str, tuple[str, ...]]:
+        """Where the parts of a block that may be recomputed are: recompute module to name patterns."""
+        spec, parts = self.spec, {"core_attn": ("blocks.*.attention.sdpa",)}
+        if spec.dense_layers or not spec.num_experts:
+            parts["mlp"] = ("blocks.*.mlp",)
+        if spec.dense_layers < spec.num_layers and spec.num_experts:
+            parts["moe"] = ("blocks.*.moe",)
+        return parts
 
     def pipeline_parts(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         """Names of the modules before the blocks, of the blocks, and after them.

@@ -35,7 +35,7 @@ class ContextPart(SequencePart):
         gathers_again: backward gathers keys and values anew; not where attention is recomputed, which does that.
     """
 
-    def __init__(self, mesh: DeviceMesh, *, gathers_again: bool) -> None:
+    def __init__(self, mesh: DeviceMesh, *, gathers_again: bool = True) -> None:
         self.group = mesh.get_group()
         self.num_ranks, self.rank = mesh.size(), mesh.get_local_rank()
         self.gathers_again = gathers_again

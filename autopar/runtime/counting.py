@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.errors import RunError
@@ -83,6 +84,9 @@ class CollectiveCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Note a collective and run the operator."""
+        # A mode comes before subclasses: let DTensor first turn its operator into those that this is about.
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
         if func.namespace in NAMESPACES:
             self._note(func, args)
         return func(*args, **(kwargs or {}))

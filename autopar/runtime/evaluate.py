@@ -24,7 +24,7 @@ def evaluate(model: ParallelModel, batches: Iterable[Tensor]) -> float:
         batches: this data parallel rank's shares, int64 [local batch, seq_len + 1], on its device; as many on every
             rank, and each as large as a training step's share.
     """
-    with _evaluating(model), casting_once(model.compute_dtype):
+    with _evaluating(model), casting_once(model.compute_dtype), model.loss_context():
         losses = [forward_loss(model, batch[:, :-1], batch[:, 1:]) for batch in batches]
     mean = torch.stack(losses).mean()
     # Every rank of a pipeline and tensor parallel group has the same loss: the mean of all is that over the data.
@@ -37,9 +37,8 @@ def forward_loss(model: ParallelModel, inputs: Tensor, targets: Tensor) -> Tenso
 
     Arguments as in ``ParallelModel.train_step``.
     """
-    inputs = narrowed(inputs, model.compute_dtype)
-    if model.context is not None:
-        inputs, targets = model.context.local(inputs), model.context.local(targets)
+    inputs = model.local_tokens(narrowed(inputs, model.compute_dtype))
+    targets = model.local_tokens(targets)
     loss = _microbatch_losses(model, inputs, targets)
     if model.context is not None:
         dist.all_reduce(loss, dist.ReduceOp.AVG, group=model.context.group)
@@ -49,7 +48,7 @@ def forward_loss(model: ParallelModel, inputs: Tensor, targets: Tensor) -> Tenso
 def _microbatch_losses(model: ParallelModel, inputs: Tensor, targets: Tensor) -> Tensor:
     microbatches = list(zip(inputs.chunk(model.num_microbatches), targets.chunk(model.num_microbatches), strict=True))
     if model.plan.layout.pp == 1:
-        losses = [model.loss_fn(model.modules[0](batch), wanted) for batch, wanted in microbatches]
+        losses = [model.loss_of(model.modules[0](batch), wanted) for batch, wanted in microbatches]
         return torch.stack(losses).mean().float()
     return _pipeline_loss(model, microbatches)
 
@@ -70,7 +69,7 @@ def _pipeline_loss(model: ParallelModel, microbatches: list[tuple[Tensor, Tensor
                 dist.recv(stream, group=group, group_src=owner[stage - 1])
             stream = module(stream)
             if stage == last:
-                total += model.loss_fn(stream, wanted).float()
+                total += model.loss_of(stream, wanted).float()
             elif owner[stage + 1] != pp_rank:
                 dist.send(stream.contiguous(), group=group, group_dst=owner[stage + 1])
     total /= len(microbatches)

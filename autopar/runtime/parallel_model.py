@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,8 @@ from autopar.runtime.parts import boundaries
 from autopar.runtime.pipeline import LossFn, Observer, Unobserved, build_schedule, observed, rank_of
 from autopar.runtime.precision import casting_once, narrowed, plain_name
 from autopar.runtime.support import sequence_divisor
-from autopar.runtime.tensor_parallel import reduce_partial, set_aside
+from autopar.runtime.tensor_parallel import local_tensor, reduce_partial, set_aside
+from autopar.runtime.vocabulary import loss_context
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,6 +46,7 @@ class ParallelModel:
         owned: this rank's parameters by name. Kept, since DDP over tensor parallel modules hides theirs.
         holdings: what of the whole model each of ``owned`` is, in the same order.
         partial_names: parameters whose gradients are summed over the tensor parallel ranks at the end of a step.
+        divided_vocabulary: logits are divided over the tensor parallel ranks.
         context: this rank's part of every sequence; None if it has them whole.
         experts: how experts are divided, if otherwise than dense weights.
         bare_chains: all stages of the model without values, to learn the shapes between them.
@@ -61,6 +64,7 @@ class ParallelModel:
     owned: tuple[tuple[str, nn.Parameter], ...]
     holdings: tuple[Holding, ...]
     partial_names: frozenset[str]
+    divided_vocabulary: bool
     context: ContextPart | None
     experts: ExpertRanks | None
     bare_chains: tuple[nn.Module, ...]
@@ -107,15 +111,14 @@ class ParallelModel:
                 them.
         """
         self._check_batch(inputs, targets)
-        inputs = narrowed(inputs, self.compute_dtype)
-        if self.context is not None:
-            inputs, targets = self.context.local(inputs), self.context.local(targets)
+        inputs = self.local_tokens(narrowed(inputs, self.compute_dtype))
+        targets = self.local_tokens(targets)
         step = self._pipeline_step if self.plan.layout.pp > 1 else self._plain_step
         partial = [p for name, p in self.owned if name in self.partial_names]
         local = self.experts is not None and not self.experts.sharded
         experts = [p for name, p in self.owned if local and name in self.experts.names]
         with set_aside([*partial, *experts]):
-            with casting_once(self.compute_dtype):
+            with casting_once(self.compute_dtype), self.loss_context():
                 loss = step(inputs, targets)
             if partial:
                 mesh = submesh(self.mesh, "tp")
@@ -155,8 +158,20 @@ class ParallelModel:
                     f"{parts} equal parts: use a multiple of {parts}"
                 )
 
+    def local_tokens(self, whole: Tensor) -> Tensor:
+        """This rank's part of the tokens of [batch, sequence, ...]: all, but under context parallelism."""
+        return whole if self.context is None else self.context.local(whole)
+
+    def loss_context(self) -> AbstractContextManager[Any]:
+        """Where ``loss_of`` and its backward have to run."""
+        return loss_context(self.divided_vocabulary)
+
+    def loss_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a microbatch's outputs, on this rank's tokens, the same on all its tensor parallel ranks."""
+        return local_tensor(self.loss_fn(outputs, targets))
+
     def _scaled_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.loss_fn(outputs, targets) / self.num_microbatches
+        return self.loss_of(outputs, targets) / self.num_microbatches
 
     def _plain_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         module, total = self.modules[0], torch.zeros((), device=self.device)

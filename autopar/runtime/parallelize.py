@@ -8,28 +8,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.checkpoint import checkpoint
 
 from autopar.errors import PlanError
 from autopar.model.spec import ModelSpec
-from autopar.plan import Plan, Recompute
+from autopar.plan import Plan
 from autopar.runtime.context_parallel import ContextPart, check_parts_known, set_part
 from autopar.runtime.data_parallel import replicate_or_shard
 from autopar.runtime.expert_parallel import divide_experts, find_experts, order_tokens
-from autopar.runtime.holdings import Cut, cuts_by_name, find_holdings, whole_model
+from autopar.runtime.holdings import Cut, Runs, cuts_by_name, find_holdings, whole_model
 from autopar.runtime.mesh import build_mesh, submesh
 from autopar.runtime.parallel_model import ParallelModel, named_parameters
 from autopar.runtime.parts import Chain, Parts, find_parts, skeleton
 from autopar.runtime.pipeline import LossFn, stages_of_rank
 from autopar.runtime.precision import in_fp32
-from autopar.runtime.private import has_dropout
+from autopar.runtime.recompute import recompute
 from autopar.runtime.support import check_supported
 from autopar.runtime.tensor_parallel import divide, resolve_plan
+from autopar.runtime.vocabulary import VOCAB
 
 
 def parallelize(
@@ -82,8 +81,12 @@ def parallelize(
     products = resolve_plan(module, tensor_parallel_plan, plan.layout.tp) if tp_mesh is not None else {}
     experts = find_experts(module, plan, mesh)
     chains, bare_chains = _cut(module, parts, plan, mesh)
-    context = _context_part(module, plan, mesh)
+    cp_mesh = submesh(mesh, "cp")
+    if cp_mesh is not None:
+        check_parts_known(module, plan.layout.cp)
+    context = ContextPart(cp_mesh) if cp_mesh is not None else None
     partial_names: tuple[str, ...] = ()
+    rows: dict[str, Runs] = {}
     divided: dict[str, tuple[Cut, ...]] = {}
     wrapped = []
     for chain in chains:
@@ -91,12 +94,13 @@ def parallelize(
         if context is not None:
             set_part(chain, context)
         if tp_mesh is not None:
-            partial_names += divide(chain, tp_mesh, products, parts, sequence_parallel=plan.sequence_parallel)
+            changed = divide(chain, tp_mesh, products, parts, sequence_parallel=plan.sequence_parallel)
+            partial_names, rows = partial_names + changed.partial, rows | changed.rows
         order_tokens(chain, context, tp_mesh)
         if experts is not None:
             divide_experts(chain, experts, plan.layout)
-        if plan.recompute is Recompute.FULL:
-            _recompute_blocks(chain, parts)
+        for recomputed in recompute(chain, module, parts, plan):
+            _gather_in_recomputation(recomputed, cp_mesh)
         divided |= cuts_by_name(chain)
         wrapped.append(replicate_or_shard(chain, mesh, plan, parts.blocks, experts, compute_dtype))
     if compute_dtype is not None:
@@ -112,7 +116,8 @@ def parallelize(
         loss_fn=loss_fn,
         compute_dtype=compute_dtype,
         owned=owned,
-        holdings=find_holdings(whole, owned, divided),
+        holdings=find_holdings(whole, owned, divided, rows=rows),
+        divided_vocabulary=VOCAB in products.values(),
         context=context,
         partial_names=frozenset(partial_names) - (experts.names if experts is not None else frozenset()),
         experts=experts,
@@ -120,13 +125,10 @@ def parallelize(
     )
 
 
-def _context_part(module: nn.Module, plan: Plan, mesh: DeviceMesh | None) -> ContextPart | None:
-    ranks = submesh(mesh, "cp")
-    if ranks is None:
-        return None
-    check_parts_known(module, plan.layout.cp)
-    recomputed = plan.recompute is Recompute.FULL or "core_attn" in plan.recomputed_modules
-    return ContextPart(ranks, gathers_again=not recomputed)
+def _gather_in_recomputation(module: nn.Module, ranks: DeviceMesh | None) -> None:
+    """Attention that runs again gathers its keys and values then, and need not do it once more."""
+    if ranks is not None:
+        set_part(module, ContextPart(ranks, gathers_again=False))
 
 
 def default_device() -> torch.device:
@@ -159,16 +161,3 @@ def _cut(
         raise PlanError(f"pp={plan.layout.pp} would put shared parameters on several stages: use pp=1 or untie them")
     chains: list[nn.Module] = [Chain(module, stages[i]) for i in stages_of_rank(plan, mesh.get_local_rank("pp"))]
     return chains, tuple(Chain(bare, stage) for stage in stages)
-
-
-def _recompute_blocks(chain: nn.Module, parts: Parts) -> None:
-    names = {name for name, _ in chain.named_modules()}
-    blocks = [chain.get_submodule(name) for name in parts.blocks if name in names]
-    if not parts.blocks:
-        raise PlanError(
-            "recompute=full needs to know the model's blocks: declare pipeline_parts(), or use recompute none"
-        )
-    for block in blocks:
-        block.forward = partial(  # type: ignore[method-assign]
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=has_dropout(block)
-        )

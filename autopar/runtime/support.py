@@ -16,6 +16,9 @@ from autopar.workload import Precision, Workload
 SPLIT_BACKWARD = (ScheduleName.ZB_H1, ScheduleName.ZB_H2, ScheduleName.ZB_V, ScheduleName.DUALPIPE_V)
 """Schedules that take gradients of inputs and of weights apart."""
 
+RECOMPUTED = ("core_attn", "mlp", "moe")
+"""Parts of a block that selective recomputation covers."""
+
 
 def unsupported(plan: Plan, spec: ModelSpec | None = None, num_microbatches: int | None = None) -> tuple[Rejected, ...]:
     """Every reason why this executor cannot run a plan, each with what to use instead; empty if it can.
@@ -65,8 +68,15 @@ def _reject(reason: str, detail: str, **numbers: float) -> Rejected:
 
 def _unsupported_layout(plan: Plan) -> list[Rejected]:
     layout, found = plan.layout, []
-    if plan.recompute is Recompute.SELECTIVE:
-        found.append(_reject("recompute", "selective recomputation is not supported: use none or full"))
+    unknown = [module for module in plan.recomputed_modules if module not in RECOMPUTED]
+    if unknown:
+        found.append(
+            _reject(
+                "recompute",
+                f"recomputation of {', '.join(unknown)} alone is not supported: use {', '.join(RECOMPUTED)}, none or "
+                "full",
+            )
+        )
     if plan.recompute is Recompute.SELECTIVE and layout.pp > 1 and plan.schedule in SPLIT_BACKWARD:
         found.append(
             _reject(
@@ -75,8 +85,6 @@ def _unsupported_layout(plan: Plan) -> list[Rejected]:
                 "recomputation refuses: use recompute none or full, or sched-1f1b",
             )
         )
-    if plan.recompute_layers:
-        found.append(_reject("recompute", f"ac-full{plan.recompute_layers} is not supported: use ac-full (all blocks)"))
     if plan.sequence_parallel and layout.tp == 1:
         found.append(_reject("sequence parallel", "sequence parallelism divides over tp ranks: use tp>=2 or drop sp"))
     return found
@@ -88,14 +96,6 @@ def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
         fields = ", ".join(spec.unbuilt)
         found.append(_reject("model", f"models with {fields} are not supported: use one without"))
     found += _unsupported_experts(plan, spec)
-    if layout.tp > 1 and spec.fused_qkv:
-        found.append(
-            _reject(
-                "fused qkv",
-                f"tp={layout.tp} would mix query, key and value of a fused product: use a model with fused_qkv=false",
-                tp=layout.tp,
-            )
-        )
     if layout.pp > 1 and spec.tied_embeddings:
         found.append(
             _reject(

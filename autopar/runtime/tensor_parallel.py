@@ -7,13 +7,22 @@ result. What is not a column or row product then sees only a part of the tokens,
 summed over the tensor parallel ranks once per step (as Megatron-LM does for its norms). Whether a further module with
 weights inside a region sees a part (``inner``, between the products) or everything (``whole``) cannot be told from
 outside, so that the plan has to say it.
+
+Styles of a ``tensor_parallel_plan``:
+
+- ``colwise``, ``rowwise``: a Linear divided by output or by input features.
+- ``colwise-fused 64 32 32``: a Linear whose output features are several parts of such widths, one after another
+  (queries, keys, values). Every rank has its share of each; the module splits what it sees in proportion.
+- ``vocab``: a token embedding, or the Linear that makes the logits: divided along the vocabulary. The loss must then be
+  ``torch.nn.functional.cross_entropy`` of the logits, as they are or flattened to [tokens, vocabulary].
+- ``inner``, ``whole``: other modules with weights between or beside divided products, see above.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -33,10 +42,27 @@ from torch.distributed.tensor.parallel import (
 )
 
 from autopar.errors import PlanError
+from autopar.runtime.context_parallel import SEQUENCE_DIM
+from autopar.runtime.fused import FUSED, fused_widths, put_rows, row_order
+from autopar.runtime.holdings import Runs
 from autopar.runtime.parts import Parts
+from autopar.runtime.vocabulary import VOCAB, scatter_positions, scatters_itself, vocabulary_styles
 
-COLWISE, ROWWISE, INNER, WHOLE = STYLES = ("colwise", "rowwise", "inner", "whole")
-SEQUENCE_DIM = 1
+COLWISE, ROWWISE, INNER, WHOLE = "colwise", "rowwise", "inner", "whole"
+STYLES = (COLWISE, ROWWISE, FUSED, VOCAB, INNER, WHOLE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Divided:
+    """What dividing changed beside the modules.
+
+    Attributes:
+        partial: names of parameters whose gradients are partial: ``reduce_partial`` sums them after the last backward.
+        rows: names of parameters to the order in which their rows were put before they were divided.
+    """
+
+    partial: tuple[str, ...]
+    rows: dict[str, Runs]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +74,7 @@ class _Region:
 
 
 def resolve_plan(module: nn.Module, declared: Mapping[str, str] | None, tp: int) -> dict[str, str]:
-    """Module names of a whole model to ``colwise``, ``rowwise``, ``inner`` or ``whole``.
+    """Module names of a whole model to styles.
 
     Args:
         module: the whole model.
@@ -56,7 +82,8 @@ def resolve_plan(module: nn.Module, declared: Mapping[str, str] | None, tp: int)
         tp: tensor parallel ranks.
 
     Raises:
-        PlanError: nothing is declared, a pattern matches nothing, or a product is not a Linear that tp divides.
+        PlanError: nothing is declared, a pattern matches nothing, a product is not a Linear that tp divides, or
+            modules that share a weight have unlike styles.
     """
     patterns = declared if declared is not None else getattr(module, "tensor_parallel_plan", None)
     if not patterns:
@@ -66,34 +93,66 @@ def resolve_plan(module: nn.Module, declared: Mapping[str, str] | None, tp: int)
         )
     found: dict[str, str] = {}
     for pattern, style in patterns.items():
-        if style not in STYLES:
+        if _kind(style) not in STYLES:
             raise PlanError(f"tensor_parallel_plan: '{pattern}' is '{style}'; it is one of {', '.join(STYLES)}")
-        matches = [(name, child) for name, child in module.named_modules() if _matches(name, pattern)]
-        if not matches:
+        matching = [(name, child) for name, child in module.named_modules() if matches(name, pattern)]
+        if not matching:
             raise PlanError(f"tensor_parallel_plan: the model has no module named '{pattern}'")
-        for name, child in matches:
+        for name, child in matching:
             found[name] = style
-            if style in (COLWISE, ROWWISE):
+            if _kind(style) not in (INNER, WHOLE):
                 _check_product(name, style, child, tp)
+    _check_shared(module, found)
     return found
 
 
+def _kind(style: str) -> str:
+    return style.partition(" ")[0]
+
+
 def _check_product(name: str, style: str, module: nn.Module, tp: int) -> None:
+    if style == VOCAB and isinstance(module, nn.Embedding):
+        return
     if not isinstance(module, nn.Linear):
         raise PlanError(f"tensor_parallel_plan: '{name}' is a {type(module).__name__}; only Linear can be divided")
-    size = module.out_features if style == COLWISE else module.in_features
-    if size % tp:
-        raise PlanError(f"tensor_parallel_plan: tp={tp} does not divide the {size} features of '{name}'")
+    if style == VOCAB:
+        return
+    size = module.in_features if style == ROWWISE else module.out_features
+    parts = fused_widths(style) or (size,)
+    if sum(parts) != size:
+        raise PlanError(f"tensor_parallel_plan: '{style}' adds up to {sum(parts)} of the {size} features of '{name}'")
+    for part in parts:
+        if part % tp:
+            raise PlanError(f"tensor_parallel_plan: tp={tp} does not divide the {part} features of '{name}'")
 
 
-def _matches(name: str, pattern: str) -> bool:
+def _check_shared(module: nn.Module, styles: Mapping[str, str]) -> None:
+    for names in _shared(module):
+        found = {styles.get(name.rpartition(".")[0]) for name in names}
+        if len(found) > 1:
+            raise PlanError(
+                f"tensor_parallel_plan: {' and '.join(names)} are one parameter, but divided unlike: declare both "
+                "modules alike, for example as 'vocab'"
+            )
+
+
+def _shared(module: nn.Module) -> list[list[str]]:
+    """Names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [several for several in names.values() if len(several) > 1]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module's name fits a pattern, in which ``*`` is one path component or a part of one."""
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def divide(
     chain: nn.Module, mesh: DeviceMesh, products: Mapping[str, str], parts: Parts, *, sequence_parallel: bool
-) -> tuple[str, ...]:
+) -> Divided:
     """Divide the products of a module (the whole model or a stage) over a one-dimensional mesh, in place.
 
     Args:
@@ -103,41 +162,64 @@ def divide(
         parts: of the whole model.
         sequence_parallel: divide the stream along the sequence.
 
-    Returns:
-        Names of the parameters whose gradients are partial: ``reduce_partial`` sums them after the last backward.
-
     Raises:
         PlanError: sequence parallelism, and the model's structure does not tell where the stream runs.
     """
     names = {name for name, _ in chain.named_modules()}
     local = {name: style for name, style in products.items() if name in names}
-    regions = _regions(chain, local)
+    vocabulary = [name for name, style in local.items() if style == VOCAB]
+    regions, shared = _regions(chain, local), _shared(chain)
     stream = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
     styles: dict[str, ParallelStyle] = {
-        name: ColwiseParallel() if style == COLWISE else RowwiseParallel(output_layouts=stream)
+        name: RowwiseParallel(output_layouts=stream) if style == ROWWISE else ColwiseParallel()
         for name, style in local.items()
-        if style in (COLWISE, ROWWISE)
+        if _kind(style) in (COLWISE, FUSED, ROWWISE)
     }
+    streams: dict[str, Placement] = {}
     if sequence_parallel:
         _check_sequence_parallel(regions, parts)
-        styles |= _stream_ends(chain, parts, names)
+        ends, streams = _stream_ends(chain, parts, vocabulary)
+        styles |= ends
     for region in regions:
         if region.single_input:
             styles[region.name] = PrepareModuleInput(
                 input_layouts=(stream,), desired_input_layouts=(Replicate(),), use_local_output=False
             )
-    partial = _partial_names(chain, local, regions, parts, sequence_parallel)
-    parallelize_module(chain, mesh, styles)
-    return partial
+    scattering = tuple(name for name in parts.first if any(_within(end, name) for end in streams))
+    partial = _partial_names(chain, local, regions, parts, scattering, sequence_parallel)
+    for name in scattering:
+        scatter_positions(chain.get_submodule(name), mesh)
+    rows = _put_rows(chain, local, mesh.size())
+    parallelize_module(chain, mesh, styles | vocabulary_styles(chain, vocabulary, streams=streams))
+    _share_again(chain, shared)
+    return Divided(partial=partial, rows=rows)
+
+
+def _put_rows(chain: nn.Module, products: Mapping[str, str], tp: int) -> dict[str, Runs]:
+    rows: dict[str, Runs] = {}
+    for name, style in products.items():
+        if _kind(style) == FUSED:
+            product, order = chain.get_submodule(name), row_order(fused_widths(style), tp)
+            put_rows(product, order)
+            rows |= {f"{name}.{parameter}": order for parameter, _ in product.named_parameters()}
+    return rows
+
+
+def _share_again(chain: nn.Module, shared: Iterable[Sequence[str]]) -> None:
+    """Parameters that were one are one again: dividing makes one for each module."""
+    for first, *others in shared:
+        for name in others:
+            path, _, leaf = name.rpartition(".")
+            setattr(chain.get_submodule(path), leaf, chain.get_parameter(first))
 
 
 def _regions(chain: nn.Module, products: Mapping[str, str]) -> tuple[_Region, ...]:
     found: dict[str, _Region] = {}
     for name, style in products.items():
         region, rows = name.rpartition(".")[0], [n for n, s in products.items() if s == ROWWISE]
-        while style == COLWISE and region and not any(row.startswith(f"{region}.") for row in rows):
+        while _kind(style) in (COLWISE, FUSED) and region and not any(row.startswith(f"{region}.") for row in rows):
             region = region.rpartition(".")[0]
-        if style == COLWISE and region not in found:
+        if _kind(style) in (COLWISE, FUSED) and region not in found:
             forward = inspect.signature(chain.get_submodule(region).forward)
             direct = name.rpartition(".")[0] == region
             single_input = bool(region) and direct and len(forward.parameters) == 1
@@ -155,19 +237,33 @@ def _check_sequence_parallel(regions: Iterable[_Region], parts: Parts) -> None:
         )
 
 
-def _stream_ends(chain: nn.Module, parts: Parts, names: set[str]) -> dict[str, ParallelStyle]:
-    """Divide the stream behind the parts before the blocks, gather it before the first part after that is no norm."""
+def _stream_ends(
+    chain: nn.Module, parts: Parts, vocabulary: Sequence[str]
+) -> tuple[dict[str, ParallelStyle], dict[str, Placement]]:
+    """Divide the stream behind the parts before the blocks, gather it before the first part after that is no norm.
+
+    Returns:
+        Styles of those parts, and where embedding or head, divided along the vocabulary, do it themselves.
+    """
+    names = {name for name, _ in chain.named_modules()}
     styles: dict[str, ParallelStyle] = {}
+    divided, streams = Shard(SEQUENCE_DIM), {}
     if parts.first[-1] in names:
-        styles[parts.first[-1]] = PrepareModuleOutput(
-            output_layouts=Replicate(), desired_output_layouts=Shard(SEQUENCE_DIM), use_local_output=True
-        )
+        embeddings = [name for name in vocabulary if isinstance(chain.get_submodule(name), nn.Embedding)]
+        if scatters_itself(chain, parts.first[-1], embeddings):
+            streams |= {name: divided for name in embeddings if _within(name, parts.first[-1])}
+        else:
+            styles[parts.first[-1]] = PrepareModuleOutput(
+                output_layouts=Replicate(), desired_output_layouts=divided, use_local_output=True
+            )
     gathering = next((name for name in parts.last if name in names and not _is_norm(chain, name)), None)
-    if gathering is not None:
+    if gathering in vocabulary:
+        streams[gathering] = divided
+    elif gathering is not None:
         styles[gathering] = PrepareModuleInput(
-            input_layouts=(Shard(SEQUENCE_DIM),), desired_input_layouts=(Replicate(),), use_local_output=True
+            input_layouts=(divided,), desired_input_layouts=(Replicate(),), use_local_output=True
         )
-    return styles
+    return styles, streams
 
 
 def _is_norm(chain: nn.Module, name: str) -> bool:
@@ -179,9 +275,10 @@ def _partial_names(
     products: Mapping[str, str],
     regions: Iterable[_Region],
     parts: Parts,
+    scattering: Sequence[str],
     sequence_parallel: bool,
 ) -> tuple[str, ...]:
-    streams = (*parts.blocks, *_leading_norms(chain, parts)) if sequence_parallel else ()
+    streams = (*scattering, *parts.blocks, *_leading_norms(chain, parts)) if sequence_parallel else ()
     partial = []
     for name, _ in chain.named_parameters():
         style = next((style for module, style in products.items() if _within(name, module)), None)

@@ -38,25 +38,48 @@ def test_replicated_gradients_are_reduced_once() -> None:
     assert found["all_reduce", "dp"].num_bytes == 4 * GRAPH.num_parameters
 
 
+def scalars(sequences: int) -> int:
+    """Bytes of one number for each token."""
+    return sequences * 128 * 4
+
+
 def test_tensor_parallel_reduces_twice_each_way_in_a_block() -> None:
+    """And the stream behind the embedding, its gradient before the head, and three numbers a token for the loss."""
     found = of("tp4.mb8")
     reduce = found["all_reduce", "tp"]
-    assert reduce.count == 2 * 4 * BLOCKS
-    assert reduce.num_bytes == 2 * 4 * BLOCKS * stream(8)
+    assert reduce.count == 2 * (4 * BLOCKS + 2 + 3)
+    assert reduce.num_bytes == 2 * ((4 * BLOCKS + 2) * stream(8) + 3 * scalars(8))
 
 
 def test_sequence_parallel_moves_the_same_bytes_in_halves() -> None:
     """Korthikanti et al. 2022, section 4.2.2: an all-reduce is an all-gather and a reduce-scatter."""
     plain, found = of("tp4.mb16"), of("tp4.mb16.sp")
-    assert found["reduce_scatter", "tp"].num_bytes == plain["all_reduce", "tp"].num_bytes
-    # The ends add a gather each: logits need all tokens, the embedding's gradient too.
-    assert found["all_gather", "tp"].num_bytes == plain["all_reduce", "tp"].num_bytes + 2 * stream(16)
-    norms = (2 * BLOCKS + 1) * 2 * WIDTH
-    assert (found["all_reduce", "tp"].count, found["all_reduce", "tp"].num_bytes) == (1, 4 * norms)
+    streams = plain["all_reduce", "tp"].num_bytes - 3 * scalars(16)
+    assert found["reduce_scatter", "tp"].num_bytes == found["all_gather", "tp"].num_bytes == streams
+    partial = (2 * BLOCKS + 1) * 2 * WIDTH + SPEC.max_seq_len * WIDTH
+    assert found["all_reduce", "tp"].count == 1 + 3
+    assert found["all_reduce", "tp"].num_bytes == 4 * partial + 3 * scalars(16)
+
+
+def test_context_parallel_gathers_twice_and_reduces_once() -> None:
+    found = of("cp2.dp2.mb4")
+    keys_and_values = 8 * 128 * 2 * WIDTH * 4
+    assert (found["all_gather", "cp"].count, found["reduce_scatter", "cp"].count) == (2 * 2 * BLOCKS, 2 * BLOCKS)
+    assert found["all_gather", "cp"].num_bytes == 2 * BLOCKS * keys_and_values
+    assert found["reduce_scatter", "cp"].num_bytes == BLOCKS * keys_and_values
+    assert found["all_reduce", "cp"].num_bytes == 4
+    assert (found["all_reduce", "dp"].group_size, found["all_reduce", "dp"].num_bytes) == (4, 4 * GRAPH.num_parameters)
+    hybrid = {
+        (c.kind, c.axis): c.group_size for c in expected_collectives(SETTING, parse_slug("cp2.dp4.z3.rep2.mb4"))[0]
+    }
+    assert hybrid["all_gather", "dp_shard"] == 4 and hybrid["all_reduce", "dp_replicate"] == 2
 
 
 def test_recomputation_repeats_the_forward_collectives_of_blocks() -> None:
-    assert of("tp4.mb16.ac-full")["all_reduce", "tp"].count == 6 * BLOCKS
+    """But for the last one: nothing of the block needs its result."""
+    assert of("tp4.mb16.ac-full")["all_reduce", "tp"].count == 5 * BLOCKS + 2 + 3
+    assert of("tp4.mb16.ac-full3")["all_reduce", "tp"].count == 4 * BLOCKS + 3 + 2 + 3
+    assert of("pp2.tp2.mb2.ac-full3")["all_reduce", "tp"].count == 8 * (4 * BLOCKS // 2 + 3 + 1)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ LLAMA = ModelSpec(
 BATCH, SEQ, STEPS, TOLERANCE = 16, 32, 20, 1e-5
 BLOCKS, WIDTH, FP32 = GPT.num_layers, GPT.hidden_size, 4
 STREAM = BATCH * SEQ * WIDTH * FP32  # the stream of activations of the global batch, in bytes
+SCALARS = BATCH * SEQ * FP32  # one number of each token
 PARAMETERS = sum(p.numel() for p in build(GPT).parameters()) * FP32
 NORMS = sum(p.numel() for name, p in build(GPT).named_parameters() if "norm" in name) * FP32
 
@@ -198,16 +199,21 @@ def test_hybrid_sharding_collectives(runs: Callable[[int], dict[str, Measurement
 
 @pytest.mark.parametrize(("ranks", "slug"), [(2, "tp2.mb16"), (4, "tp4.mb16")])
 def test_tensor_parallel_collectives(runs: Callable[[int], dict[str, Measurement]], ranks: int, slug: str) -> None:
-    """Per block: attention and feed-forward reduce their output in forward and their input's gradient in backward."""
-    assert counted(runs(ranks)[slug]) == {("all_reduce", "tp", ranks, 4 * BLOCKS, 4 * BLOCKS * STREAM)}
+    """Per block: attention and feed-forward reduce their output in forward and their input's gradient in backward.
+
+    The embedding reduces its output, the head its input's gradient, and the loss three numbers of each token.
+    """
+    expected = (4 * BLOCKS + 2) * STREAM + 3 * SCALARS
+    assert counted(runs(ranks)[slug]) == {("all_reduce", "tp", ranks, 4 * BLOCKS + 5, expected)}
 
 
 def test_sequence_parallel_collectives(runs: Callable[[int], dict[str, Measurement]]) -> None:
-    """Each of those reductions becomes a gather and a scatter; the ends of the model add a gather each."""
+    """Each of those reductions of the stream becomes a gather and a scatter."""
+    positions = GPT.max_seq_len * WIDTH * FP32
     assert counted(runs(2)["tp2.sp.mb16"]) == {
         ("all_gather", "tp", 2, 4 * BLOCKS + 2, (4 * BLOCKS + 2) * STREAM),
-        ("reduce_scatter", "tp", 2, 4 * BLOCKS, 4 * BLOCKS * STREAM),
-        ("all_reduce", "tp", 2, 1, NORMS),
+        ("reduce_scatter", "tp", 2, 4 * BLOCKS + 2, (4 * BLOCKS + 2) * STREAM),
+        ("all_reduce", "tp", 2, 1 + 3, NORMS + positions + 3 * SCALARS),
     }
 
 
@@ -236,7 +242,7 @@ def test_two_axes_at_once(runs: Callable[[int], dict[str, Measurement]]) -> None
     tensor = runs(4)["dp2.tp2.mb8"]
     local = dict(tensor.ranks[0].memory)["parameters"]
     assert counted(tensor) == {
-        ("all_reduce", "tp", 2, 4 * BLOCKS, 4 * BLOCKS * half),
+        ("all_reduce", "tp", 2, 4 * BLOCKS + 5, (4 * BLOCKS + 2) * half + 3 * SCALARS // 2),
         ("all_reduce", "dp", 2, 1, local),
     }
 

@@ -73,7 +73,7 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     ("slug", "message"),
     [
         ("dp2.mb1", "the plan is for 2 ranks, but there are 1; start under torchrun"),
-        ("mb1.ac-full2", "use ac-full (all blocks)"),
+        ("mb1.ac-selective+layernorm", "recomputation of layernorm alone"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(slug: str, message: str) -> None:
@@ -107,7 +107,7 @@ def test_wrong_tensor_parallel_plans_are_refused(declared: Mapping[str, str], me
 def test_tensor_parallelism_needs_a_declaration() -> None:
     with pytest.raises(PlanError, match="pass tensor_parallel_plan"):
         resolve_plan(mlp(), None, 2)
-    assert len(resolve_plan(build(SPEC), None, 2)) == 6 * SPEC.num_layers
+    assert len(resolve_plan(build(SPEC), None, 2)) == 6 * SPEC.num_layers + 2
 
 
 def test_parts_of_modules() -> None:

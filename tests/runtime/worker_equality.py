@@ -19,7 +19,7 @@ from autopar.model.sequence import SequencePart
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan, parse_slug
-from autopar.runtime import context_parallel
+from autopar.runtime import context_parallel, tensor_parallel, vocabulary
 from autopar.runtime.counting import count_collectives, summed
 from autopar.runtime.memory import measure_peak
 from autopar.runtime.parallel_model import ParallelModel
@@ -83,12 +83,12 @@ def trained(spec: ModelSpec, plan: Plan, tokens: list[Tensor]) -> tuple[Parallel
     for index, step in enumerate(tokens):
         local = share(plan, step)
 
-        def train(local: Tensor = local) -> None:
+        def train(_: object = None, *, local: Tensor = local) -> None:
             losses.append(model.train_step(local[:, :-1], local[:, 1:]).float())
 
         if index == 1:
-            held, highest = measure_peak(train, torch.device("cpu"), {})
-            peak = highest - held
+            weighed = measure_peak(train, torch.device("cpu"), {})
+            peak = weighed.highest - weighed.held
         elif index == STEPS - 1:
             calls = count_collectives(train, model.mesh)
         else:
@@ -131,6 +131,10 @@ WRONG: dict[str, Callable[[], Any]] = {
         context_parallel.ContextPart,
         "_mask",
         lambda part, query, end: torch.full((query.shape[2], end), -torch.inf).triu(1),
+    ),
+    "rows": lambda: replaced(tensor_parallel, "put_rows", lambda product, order: None),
+    "scattered": lambda: replaced(
+        vocabulary.ScatteredPart, "positions", lambda part, n, device: torch.arange(n // part._ranks, device=device)
     ),
     "positions": lambda: replaced(context_parallel.ContextPart, "positions", SequencePart.positions),
     "gather": lambda: replaced(context_parallel.ContextPart, "attend", SequencePart.attend),

@@ -1,6 +1,8 @@
 """How tensor parallelism divides captured operations, from a plan of column- and row-wise products.
 
-A plan maps patterns of module paths (``*`` is one path component) to ``colwise`` or ``rowwise``. Without a plan
+A plan maps patterns of module paths (``*`` is one path component) to the styles of ``autopar.runtime.tensor_parallel``.
+Only column- and row-wise products count here: the vocabulary is found without being told, and modules between products
+follow from these. Without a plan
 products, embeddings and the loss are whole (NONE) and everything between them is TOKENS.
 """
 
@@ -14,6 +16,8 @@ from autopar.errors import InputError, nearest
 from autopar.graph import OpKind, Split
 
 STYLES = ("colwise", "rowwise")
+FUSED = "colwise-fused"
+OTHERS = ("vocab", "inner", "whole")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +43,11 @@ def planned_styles(plan: Mapping[str, str], products: Iterable[str], others: Ite
     """
     products, others = list(products), list(others)
     styles: dict[str, str] = {}
-    for pattern, style in plan.items():
+    for pattern, text in plan.items():
+        style = text.partition(" ")[0]
+        if style in OTHERS:
+            continue
+        style = "colwise" if style == FUSED else style
         if style not in STYLES:
             raise InputError(f"tensor parallel plan: '{pattern}' is '{style}'{nearest(style, STYLES)}")
         expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))

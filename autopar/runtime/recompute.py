@@ -1,0 +1,65 @@
+"""Recomputation: modules that keep their input alone and run forward again in backward.
+
+Full recomputation covers blocks; selective recomputation the modules that ``recompute_parts`` names, a mapping from a
+recompute module (of ``autopar.graph.RECOMPUTE_MODULES``) to patterns of module names:
+
+- ``core_attn``: attention between its products, ``mlp``: a dense feed-forward part, ``moe``: a mixture of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from autopar.errors import PlanError
+from autopar.plan import Plan, Recompute
+from autopar.runtime.parts import Parts
+from autopar.runtime.private import has_dropout
+from autopar.runtime.tensor_parallel import matches
+
+
+def recompute(chain: nn.Module, whole: nn.Module, parts: Parts, plan: Plan) -> tuple[nn.Module, ...]:
+    """Let modules of a chain run again in backward as a plan says, and return them.
+
+    Args:
+        chain: a virtual stage, or the whole model.
+        whole: the model, for what it declares.
+        parts: of the whole.
+        plan: tells which modules.
+
+    Raises:
+        PlanError: the model does not declare what the plan recomputes.
+    """
+    if plan.recompute is Recompute.NONE:
+        return ()
+    if plan.recompute is Recompute.FULL:
+        covered = _blocks(chain, parts)[: plan.recompute_layers or None]
+    else:
+        covered = [module for tag in plan.recomputed_modules for module in _declared(chain, whole, tag)]
+    for module in covered:
+        module.forward = partial(  # type: ignore[method-assign]
+            checkpoint, module.forward, use_reentrant=False, preserve_rng_state=has_dropout(module)
+        )
+    return tuple(covered)
+
+
+def _blocks(chain: nn.Module, parts: Parts) -> list[nn.Module]:
+    if not parts.blocks:
+        raise PlanError(
+            "recompute=full needs to know the model's blocks: declare pipeline_parts(), or use recompute none"
+        )
+    names = {name for name, _ in chain.named_modules()}
+    return [chain.get_submodule(name) for name in parts.blocks if name in names]
+
+
+def _declared(chain: nn.Module, whole: nn.Module, tag: str) -> Iterable[nn.Module]:
+    patterns = getattr(whole, "recompute_parts", {}).get(tag)
+    if not patterns:
+        raise PlanError(
+            f"selective recomputation of '{tag}' needs to know where it is: declare recompute_parts on the model, a "
+            f"mapping such as {{'{tag}': ('blocks.*.attention.sdpa',)}}, or use recompute none or full"
+        )
+    return [module for name, module in chain.named_modules() if any(matches(name, pattern) for pattern in patterns)]
