@@ -284,6 +284,54 @@ def test_a_full_disk_leaves_the_others(
     assert loaded is not None and loaded.step == 3
 
 
+def test_old_ones_that_cannot_be_removed_are_no_failure(
+    saved: tuple[Path, Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = saved
+
+    def busy(path: Path) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    with pytest.warns(UserWarning, match="old checkpoints could not be removed: .*busy"):
+        Checkpoints(folder).save(4, *made, {})
+    assert saved_steps(folder) == (2, 3, 4)
+
+
+def test_a_folder_of_this_node_alone_is_named(saved: tuple[Path, Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, made = saved
+    monkeypatch.setattr("autopar.runtime.checkpoint.folder.begin", lambda *arguments: None)
+    with pytest.raises(RunError, match="all nodes must share"):
+        Checkpoints(folder).save(4, *made, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_resumed_losses_are_equal_on_a_gpu(tmp_path: Path, asynchronous: bool) -> None:
+    """Fused AdamW keeps its step count on the device, dropout draws from the device's generator."""
+
+    def fresh(seed: int) -> Made:
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Linear(3, 40), nn.Dropout(0.5), nn.Linear(40, 1))
+        model = autopar.parallelize(module, parse_slug("mb4"), loss_fn=F.mse_loss, num_microbatches=1, device="cuda")
+        return model, torch.optim.AdamW(model.parameter_groups(), lr=0.1, fused=True)
+
+    def step(made: Made) -> float:
+        loss = made[0].train_step(torch.ones(4, 3, device="cuda"), torch.ones(4, 1, device="cuda"))
+        made[1].step()
+        made[1].zero_grad()
+        return loss.item()
+
+    made, other, checkpoints = fresh(0), fresh(1), Checkpoints(tmp_path, asynchronous=asynchronous)
+    step(made)
+    checkpoints.save(1, *made, {})
+    expected = [step(made), step(made)]
+    checkpoints.wait()
+    assert checkpoints.load_latest(*other) is not None
+    assert [step(other), step(other)] == expected
+
+
 def test_asynchronous_values_are_those_of_the_call(tmp_path: Path) -> None:
     made, checkpoints = make(), Checkpoints(tmp_path, asynchronous=True)
     for step in (1, 2, 3):

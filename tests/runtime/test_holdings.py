@@ -22,7 +22,12 @@ from autopar.runtime.nodes import Node
 
 PLANS = (
     "dp4.mb1", "dp4.z2.mb1", "dp4.z3.mb1", "dp4.z3.rep2.mb1", "dp2.tp2.mb1", "dp2.tp2.z2.mb1", "dp2.tp2.z3.sp.mb1",
-    "dp2.pp2.mb1", "dp2.pp2.z3.mb1", "dp2.pp2.vp2.z2.mb1", "tp2.pp2.mb1", "pp4.mb1",
+    "dp2.pp2.mb1", "dp2.pp2.z3.mb1", "dp2.pp2.vp2.z2.mb1", "tp2.pp2.mb1", "pp4.mb1", "dp2.cp2.z3.mb1",
+    "dp2.pp2.vp2.mb1.sched-zb-v",
+)  # fmt: skip
+EXPERT_PLANS = (
+    "dp4.ep2.mb1", "dp4.ep2.z3.mb1", "dp4.ep2.etp2.z2.mb1", "dp4.etp2.z3.mb1", "dp2.tp2.sp.ep2.z3.mb1",
+    "dp4.ep2.z3.rep2.mb1", "dp2.pp2.ep2.mb1", "dp2.cp2.ep2.z1.mb1",
 )  # fmt: skip
 
 
@@ -95,7 +100,8 @@ def test_one_rank_holds_everything() -> None:
 def test_every_layout(tmp_path: Path) -> None:
     """The worker compares them with parameters that hold their own global positions."""
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({"plans": PLANS}))
+    plans = [("uneven", slug) for slug in PLANS] + [("experts", slug) for slug in EXPERT_PLANS]
+    job.write_text(json.dumps({"plans": plans}))
     folder = str(Path(__file__).parent)
     path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
     node = Node(index=0, address="127.0.0.1", env={"PYTHONPATH": path})
@@ -105,11 +111,12 @@ def test_every_layout(tmp_path: Path) -> None:
         on_message=messages.append,
     )  # fmt: skip
     found = {message["ranks"][0]["slug"]: message["ranks"] for message in messages}
-    assert tuple(found) == PLANS
+    assert tuple(found) == PLANS + EXPERT_PLANS
     copies = {slug: ranks[0]["copies"] for slug, ranks in found.items()}
     assert copies["dp4.mb1"] == [4] and copies["dp4.z2.mb1"] == copies["dp4.z3.mb1"] == [1]
     assert copies["dp4.z3.rep2.mb1"] == copies["dp2.pp2.mb1"] == [2]
     assert copies["dp2.tp2.mb1"] == [2, 4] and copies["dp2.tp2.z2.mb1"] == [1, 2]
     assert copies["tp2.pp2.mb1"] == [1, 2] and copies["pp4.mb1"] == [1]
+    assert copies["dp4.ep2.mb1"] == [2, 4] and copies["dp4.ep2.z3.mb1"] == [1] and copies["dp2.cp2.z3.mb1"] == [1]
     # The model was chosen so that there are ranks without any of the positions.
     assert sum(rank["empty"] for rank in found["dp4.z3.mb1"]) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -35,13 +36,18 @@ SPEC = ModelSpec(
     name="odd", num_layers=4, hidden_size=36, num_heads=4, num_kv_heads=4, ffn_size=44, vocab_size=50,
     max_seq_len=5, fused_qkv=False,
 )  # fmt: skip
+EXPERTS = dataclasses.replace(SPEC, name="experts", num_experts=6, top_k=2, expert_ffn_size=22)
 BATCH, SEQ, BEFORE, AFTER = 8, 4, 2, 2
 Made = tuple[ParallelModel, torch.optim.Optimizer]
 
 
 def make(slug: str, seed: int = 0, spec: ModelSpec = SPEC) -> Made:
-    """A model under a plan with its optimizer; ``+zero`` behind the slug takes torch's own ZeRO-1 optimizer."""
-    plan = parse_slug(slug.removesuffix("+zero"))
+    """A model under a plan with its optimizer.
+
+    ``+zero`` behind the slug takes torch's own ZeRO-1 optimizer, ``experts@`` before it the model with experts.
+    """
+    plan = parse_slug(slug.removesuffix("+zero").removeprefix("experts@"))
+    spec = EXPERTS if slug.startswith("experts@") else spec
     model = autopar.parallelize(
         build(spec, seed), plan, loss_fn=language_model_loss, device="cpu",
         num_microbatches=BATCH // plan.layout.dp // plan.microbatch_size,
@@ -178,10 +184,10 @@ def failing(folder: Path, slug: str) -> dict[str, Any]:
         checkpoints.save(2, *made, {})
         checkpoints.wait()
     messages.append(raised(InputError, lambda: checkpoints.save(3, *made, {"a": {1, 2}})))
-    other = make(slug, spec=ModelSpec(**{**_fields(), "ffn_size": 48}))
+    other = make(slug, spec=dataclasses.replace(SPEC, ffn_size=48))
     messages.append(raised(InputError, lambda: checkpoints.load_latest(*other)))
     sgd = torch.optim.SGD(made[0].parameter_groups(), lr=0.1, momentum=0.9)
-    messages.append(raised(InputError, lambda: Checkpoints(folder / slug).load_latest(made[0], sgd)))
+    messages.append(raised(InputError, lambda: checkpoints.load_latest(made[0], sgd)))
     return {"plan": f"failing {slug}", "messages": messages}
 
 
@@ -223,10 +229,6 @@ def survives(folder: Path, slug: str) -> dict[str, Any]:
     assert loaded is not None and loaded.step == BEFORE and not loaded.skipped
     assert sorted(path.name for path in (folder / "dies").iterdir()) == [f"step-{BEFORE:08d}"]
     return {"plan": f"survives {slug}", "left": left}
-
-
-def _fields() -> dict[str, Any]:
-    return {name: getattr(SPEC, name) for name in SPEC.__dataclass_fields__}
 
 
 ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {

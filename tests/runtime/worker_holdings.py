@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -26,6 +27,9 @@ UNEVEN = ModelSpec(
     name="uneven", num_layers=4, hidden_size=18, num_heads=2, num_kv_heads=2, ffn_size=22, vocab_size=27,
     max_seq_len=2, fused_qkv=False,
 )  # fmt: skip
+# Three experts of each of two ranks leave a rest on two more.
+EXPERTS = dataclasses.replace(UNEVEN, name="experts", num_experts=6, top_k=2, expert_ffn_size=22)
+MODELS = {model.name: model for model in (UNEVEN, EXPERTS)}
 
 
 def numbered(module: nn.Module) -> nn.Module:
@@ -83,9 +87,9 @@ def main() -> None:
     """Check the plans that the job names."""
     plans = json.loads(Path(sys.argv[1]).read_text())["plans"]
     with report_progress() as progress, joined("cpu"):
-        for slug in plans:
+        for model, slug in plans:
             progress.update(plan=slug)
-            found = check(slug, numbered(build(UNEVEN)))
+            found = check(slug, numbered(build(MODELS[model])))
             everyone: list[dict[str, object]] = [{}] * dist.get_world_size()
             dist.all_gather_object(everyone, found)
             if dist.get_rank() == 0:

@@ -183,14 +183,21 @@ class Checkpoints:
         path = folders.unfinished_path(self.folder, step)
         try:
             ranks.each(lambda: folders.begin(self.folder, step) if ranks.rank == 0 else None)
-            files = ranks.together(lambda: write_part(path, ranks.rank, snapshot.part.values, self._tick))
+            files = ranks.together(lambda: self._write_part(path, snapshot, ranks))
             parts = ranks.collect((snapshot.part.tensors, snapshot.scalars))
             ranks.each(lambda: None if parts is None else self._complete(snapshot, files, parts))
-        except RunError as error:
+            if ranks.rank == 0:
+                self._remove_old(step)
+        except (RunError, Damaged) as error:
             if ranks.rank == 0:
                 with suppress(OSError):
                     shutil.rmtree(path, ignore_errors=True)
             raise RunError(f"the checkpoint of step {step} was not written: {error}; {self._others(step)}") from error
+
+    def _write_part(self, path: Path, snapshot: Snapshot, ranks: Ranks) -> StoredFile:
+        if not path.is_dir():
+            raise RunError(f"rank 0 made {path.name}, but it is not there: all nodes must share {self.folder}")
+        return write_part(path, ranks.rank, snapshot.part.values, self._tick)
 
     def _complete(
         self, snapshot: Snapshot, files: list[StoredFile], parts: list[tuple[tuple[StoredTensor, ...], Numbers]]
@@ -201,10 +208,17 @@ class Checkpoints:
             date=datetime.now(UTC).isoformat(timespec="seconds"), files=tuple(files),
             tensors=merged([tensors for tensors, _ in parts]), scalars=scalars, state=snapshot.state,
         )  # fmt: skip
-        for written in write_manifest(folders.unfinished_path(self.folder, snapshot.step), manifest):
+        path = folders.unfinished_path(self.folder, snapshot.step)
+        for written in write_manifest(path, manifest):
             folders.flush_file(written)
+        folders.check_files(path, manifest, range(len(files)), contents=False)
         folders.finish(self.folder, snapshot.step)
-        folders.remove_old(self.folder, snapshot.step, self.keep)
+
+    def _remove_old(self, step: int) -> None:
+        try:
+            folders.remove_old(self.folder, step, self.keep)
+        except OSError as error:
+            warnings.warn(f"{self.folder}: old checkpoints could not be removed: {error}", stacklevel=2)
 
     def _others(self, step: int) -> str:
         others = [other for other in folders.saved_steps(self.folder) if other != step]

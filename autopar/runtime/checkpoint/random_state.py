@@ -1,4 +1,4 @@
-"""States of torch's random generators, by data parallel coordinate."""
+"""States of torch's random generators, by share of the batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from autopar.errors import PlanError
-from autopar.layout import Layout
 from autopar.plan import Plan, parse_slug
 
 CPU, CUDA = "random:cpu", "random:cuda"
@@ -30,16 +29,10 @@ def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states[CUDA], device)
 
 
-def seed_anew(step: int, coordinate: int) -> None:
-    """Seed the generators of a data parallel rank that a checkpoint has no state of; the same whenever it is read."""
-    digest = hashlib.sha256(f"{step} {coordinate}".encode()).digest()
+def seed_anew(step: int, share: int) -> None:
+    """Seed the generators of a share of the batch that a checkpoint has no state of; the same whenever it is read."""
+    digest = hashlib.sha256(f"{step} {share}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7]))
-
-
-def data_coordinate(layout: Layout, rank: int) -> int:
-    """Which share of the batch a rank has."""
-    position = layout.coordinates(rank)
-    return position["dp_replicate"] * layout.dp_shard + position["dp_shard"]
 
 
 def source_of(saved: str, plan: Plan, rank: int) -> int | None:
@@ -54,5 +47,5 @@ def source_of(saved: str, plan: Plan, rank: int) -> int | None:
         return None
     if layout == plan.layout:
         return rank
-    wanted = data_coordinate(plan.layout, rank)
-    return next((other for other in range(layout.world_size) if data_coordinate(layout, other) == wanted), None)
+    wanted = plan.layout.data_share(rank)
+    return next((other for other in range(layout.world_size) if layout.data_share(other) == wanted), None)

@@ -12,7 +12,6 @@ from autopar.runtime.checkpoint.manifest import BUFFER, WEIGHT, Damaged, Manifes
 from autopar.runtime.checkpoint.random_state import (
     CPU,
     CUDA,
-    data_coordinate,
     seed_anew,
     set_random_states,
     source_of,
@@ -72,7 +71,7 @@ def restore(
             if optimizer is not None and manifest.optimizer:
                 _fill(reader, new_state(model, optimizer, _moments(manifest), manifest.scalars))
             _restore_random(reader, manifest, model, rank)
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError, LookupError, ValueError) as error:
         raise Damaged(f"a file cannot be read: {error}") from error
 
 
@@ -95,7 +94,7 @@ def _moments(manifest: Manifest) -> dict[str, dict[str, str]]:
 def _restore_random(reader: Reader, manifest: Manifest, model: ParallelModel, rank: int) -> None:
     source = source_of(manifest.plan, model.plan, rank)
     if source is None:
-        seed_anew(manifest.step, data_coordinate(model.plan.layout, rank))
+        seed_anew(manifest.step, model.plan.layout.data_share(rank))
     else:
         set_random_states(reader.random_states(source, (CPU, CUDA)), model.device)
 
