@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autopar.cli.common import Device, JsonFlag, app, progress, say
-from autopar.runtime.rates import Decay
+from autopar.runtime.rates import Decay, RateSchedule
 
 if TYPE_CHECKING:
     from autopar.measurement import Measurement
@@ -120,7 +120,7 @@ def run_plan(
         seed=seed, learning_rate=learning_rate, weight_decay=weight_decay, betas=(0.9, beta2), clip=clip,
         device=resolve_device(device), source=model, data=_tokens(data or [], tokenizer, out, validation),
         training=jobs.Training(
-            rate=jobs.RateSchedule(decay=schedule, warmup_steps=warmup_steps, minimum=min_lr),
+            rate=RateSchedule(decay=schedule, warmup_steps=warmup_steps, minimum=min_lr),
             evaluation=jobs.Evaluation(every=eval_every, batches=eval_batches),
             saving=jobs.Saving(
                 every_steps=save_every, every_minutes=save_minutes, at_end=save_end, keep=keep,

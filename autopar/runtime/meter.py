@@ -89,8 +89,8 @@ class Meter:
         losses, norms = everyone[:, :number].mean(dim=0).tolist(), everyone[0, number : 2 * number].tolist()
         slowest, fullest = everyone[:, 2 * number : -1].amax(dim=0).tolist(), int(everyone[:, -1].max())
         return tuple(
-            self._record(step, *found, fullest)
-            for step, *found in zip(interval.steps, losses, norms, slowest, strict=True)
+            self._record(step, loss, norm, longest, fullest)
+            for step, loss, norm, longest in zip(interval.steps, losses, norms, slowest, strict=True)
         )
 
     def _record(self, step: Step, loss: float, norm: float, seconds: float, peak_bytes: int) -> StepRecord:

@@ -23,7 +23,7 @@ class Compared:
     """A plan next to one process: largest differences of losses and final weights, and what each rank did.
 
     Attributes:
-        loss_error, weight_error: absolute.
+        loss_error, weight_error: absolute; of the losses, one evaluated without training is among them.
         collectives: of one step, by rank.
         peaks: bytes that a step takes beside what is held before it, by rank.
     """

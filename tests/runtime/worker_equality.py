@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan, parse_slug
 from autopar.runtime import context_parallel, tensor_parallel, vocabulary
 from autopar.runtime.counting import count_collectives, summed
+from autopar.runtime.evaluate import evaluate
 from autopar.runtime.memory import measure_peak
 from autopar.runtime.parallel_model import ParallelModel
 from autopar.runtime.progress import report_progress, send_message
@@ -29,6 +31,8 @@ from autopar.runtime.worker import joined
 from costmodels.records import from_plain
 
 STEPS, RATE = 4, 0.1
+# Step whose batch is evaluated before it is trained on.
+EVALUATED = 2
 # Weights as large as those of a trained model: with the usual ones attention hardly matters.
 SCALE = 8.0
 
@@ -70,8 +74,8 @@ def share(plan: Plan, tokens: Tensor) -> Tensor:
     return tokens[index * size : (index + 1) * size]
 
 
-def trained(spec: ModelSpec, plan: Plan, tokens: list[Tensor]) -> tuple[ParallelModel, list[Tensor], Any, int]:
-    """A model trained under a plan: its losses, the collectives of the last step and the second one's peak."""
+def trained(spec: ModelSpec, plan: Plan, tokens: list[Tensor]) -> tuple[ParallelModel, list[Tensor], float, Any, int]:
+    """A model trained under a plan: losses, an evaluation, collectives of the last step and the second one's peak."""
     microbatches = len(share(plan, tokens[0])) // plan.microbatch_size
     model = autopar.parallelize(
         strong(spec), plan, loss_fn=language_model_loss, num_microbatches=microbatches, device="cpu"
@@ -79,13 +83,15 @@ def trained(spec: ModelSpec, plan: Plan, tokens: list[Tensor]) -> tuple[Parallel
     update = torch.optim.SGD(model.parameter_groups(), lr=RATE)
     losses: list[Tensor] = []
     calls: Any = ()
-    peak = 0
+    peak, evaluated = 0, math.nan
     for index, step in enumerate(tokens):
         local = share(plan, step)
 
         def train(_: object = None, *, local: Tensor = local) -> None:
             losses.append(model.train_step(local[:, :-1], local[:, 1:]).float())
 
+        if index == EVALUATED:
+            evaluated = evaluate(model, [local])
         if index == 1:
             weighed = measure_peak(train, torch.device("cpu"), {})
             peak = weighed.highest - weighed.held
@@ -95,7 +101,7 @@ def trained(spec: ModelSpec, plan: Plan, tokens: list[Tensor]) -> tuple[Parallel
             train()
         update.step()
         update.zero_grad()
-    return model, losses, calls, peak
+    return model, losses, evaluated, calls, peak
 
 
 def weight_error(model: ParallelModel, weights: Mapping[str, Tensor]) -> float:
@@ -146,10 +152,11 @@ def compare(case: dict[str, Any], reference: tuple[list[float], dict[str, Tensor
     plan = parse_slug(case["slug"])
     losses, weights = reference
     with WRONG[case["wrong"]]():
-        model, found, calls, peak = trained(from_plain(ModelSpec, case["spec"], "case"), plan, tokens)
+        model, found, evaluated, calls, peak = trained(from_plain(ModelSpec, case["spec"], "case"), plan, tokens)
     mean = torch.stack(found)
     dist.all_reduce(mean, dist.ReduceOp.AVG)
-    errors = torch.tensor([(mean - torch.tensor(losses)).abs().max().item(), weight_error(model, weights)])
+    loss_error = max((mean - torch.tensor(losses)).abs().max().item(), abs(evaluated - losses[EVALUATED]))
+    errors = torch.tensor([loss_error, weight_error(model, weights)])
     dist.all_reduce(errors, dist.ReduceOp.MAX)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, ([dataclasses.asdict(entry) for entry in summed(calls)], peak))

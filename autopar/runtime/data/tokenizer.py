@@ -23,19 +23,23 @@ SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[S
 
 
 class Tokenizer(Protocol):
-    """Text to tokens.
+    """Text to tokens."""
 
-    Attributes:
-        name: ``bytes`` or ``tokenizer.json``.
-        sha256: of what defines it.
-        vocab_size: tokens are below it.
-        separator: token that ends every document; None without one.
-    """
+    @property
+    def name(self) -> str:
+        """``bytes`` or ``tokenizer.json``."""
 
-    name: str
-    sha256: str
-    vocab_size: int
-    separator: int | None
+    @property
+    def sha256(self) -> str:
+        """Of what defines it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens are below it."""
+
+    @property
+    def separator(self) -> int | None:
+        """Token that ends every document; None without one."""
 
     def encode_file(self, path: Path) -> Iterator[Tokens]:
         """Tokens of a file, piece by piece. Raises InputError for text that it cannot read."""
