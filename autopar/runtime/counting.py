@@ -20,6 +20,8 @@ from autopar.measurement import CountedCollective
 from autopar.runtime.mesh import group_labels
 from autopar.runtime.private import group_named, group_of
 
+EMBEDDING_AXIS = "embedding"
+"""The ranks that have copies of a parameter that pipeline stages share. Their group says so in its description."""
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 # Operators of the dispatcher: kind, and the positions of the whole (unsharded) payload and of the group.
 _PAYLOADS: Mapping[str, tuple[str, int, int]] = {
@@ -106,6 +108,8 @@ class CollectiveCounter(TorchDispatchMode):
     def _add(self, kind: str, num_bytes: int, group: dist.ProcessGroup) -> None:
         ranks = tuple(dist.get_process_group_ranks(group))
         axis = self._names.get(group.group_name) or self._ranks.get(ranks, "world")
+        # By its ranks it may be a pipeline of two.
+        axis = EMBEDDING_AXIS if group.group_desc == EMBEDDING_AXIS else axis
         self.calls.append(Call(kind=kind, axis=axis, group_size=group.size(), num_bytes=num_bytes))
 
 

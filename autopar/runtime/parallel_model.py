@@ -27,6 +27,7 @@ from autopar.runtime.pipeline import LossFn, Observer, Unobserved, build_schedul
 from autopar.runtime.precision import casting_once, narrowed, plain_name
 from autopar.runtime.support import sequence_divisor
 from autopar.runtime.tensor_parallel import local_tensor, reduce_partial, set_aside
+from autopar.runtime.tied import Tied, sum_tied
 from autopar.runtime.vocabulary import loss_context
 
 
@@ -47,6 +48,7 @@ class ParallelModel:
         holdings: what of the whole model each of ``owned`` is, in the same order.
         partial_names: parameters whose gradients are summed over the tensor parallel ranks at the end of a step.
         divided_vocabulary: logits are divided over the tensor parallel ranks.
+        tied: this rank's copies of parameters that pipeline stages share; their gradients are summed then, too.
         context: this rank's part of every sequence; None if it has them whole.
         experts: how experts are divided, if otherwise than dense weights.
         bare_chains: all stages of the model without values, to learn the shapes between them.
@@ -65,6 +67,7 @@ class ParallelModel:
     holdings: tuple[Holding, ...]
     partial_names: frozenset[str]
     divided_vocabulary: bool
+    tied: tuple[Tied, ...]
     context: ContextPart | None
     experts: ExpertRanks | None
     bare_chains: tuple[nn.Module, ...]
@@ -117,7 +120,8 @@ class ParallelModel:
         partial = [p for name, p in self.owned if name in self.partial_names]
         local = self.experts is not None and not self.experts.sharded
         experts = [p for name, p in self.owned if local and name in self.experts.names]
-        with set_aside([*partial, *experts]):
+        tied = [p for shared in self.tied for p in shared.parameters]
+        with set_aside(list(dict.fromkeys([*partial, *experts, *tied]))):
             with casting_once(self.compute_dtype), self.loss_context():
                 loss = step(inputs, targets)
             if partial:
@@ -126,6 +130,7 @@ class ParallelModel:
                 reduce_partial(partial, mesh)
             if experts:
                 reduce_experts(experts, self.experts)
+            sum_tied(self.tied)
         if self.context is not None:
             loss = loss.to(torch.float32)
             dist.all_reduce(loss, dist.ReduceOp.AVG, group=self.context.group)

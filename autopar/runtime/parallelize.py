@@ -28,6 +28,7 @@ from autopar.runtime.precision import in_fp32
 from autopar.runtime.recompute import recompute
 from autopar.runtime.support import check_supported
 from autopar.runtime.tensor_parallel import divide, resolve_plan
+from autopar.runtime.tied import Tie, find_ties, join_ties, separate_copies
 from autopar.runtime.vocabulary import VOCAB
 
 
@@ -80,7 +81,7 @@ def parallelize(
     tp_mesh = submesh(mesh, "tp")
     products = resolve_plan(module, tensor_parallel_plan, plan.layout.tp) if tp_mesh is not None else {}
     experts = find_experts(module, plan, mesh)
-    chains, bare_chains = _cut(module, parts, plan, mesh)
+    chains, bare_chains, ties = _cut(module, parts, plan, mesh)
     cp_mesh = submesh(mesh, "cp")
     if cp_mesh is not None:
         check_parts_known(module, plan.layout.cp)
@@ -118,6 +119,7 @@ def parallelize(
         owned=owned,
         holdings=find_holdings(whole, owned, divided, rows=rows),
         divided_vocabulary=VOCAB in products.values(),
+        tied=join_ties(ties, owned, mesh),
         context=context,
         partial_names=frozenset(partial_names) - (experts.names if experts is not None else frozenset()),
         experts=experts,
@@ -140,10 +142,13 @@ def default_device() -> torch.device:
 
 def _cut(
     module: nn.Module, parts: Parts, plan: Plan, mesh: DeviceMesh | None
-) -> tuple[list[nn.Module], tuple[nn.Module, ...]]:
-    """This rank's chains, and all stages without values (for the shapes between them); without pipeline the module."""
+) -> tuple[list[nn.Module], tuple[nn.Module, ...], tuple[Tie, ...]]:
+    """This rank's chains, all stages without values (for the shapes between them), and what stages share.
+
+    Without a pipeline it is the module alone.
+    """
     if plan.layout.pp == 1:
-        return [module], ()
+        return [module], (), ()
     if not parts.chained:
         raise PlanError(
             f"pp={plan.layout.pp} needs a model that can be cut: declare pipeline_parts() on it, which returns the "
@@ -156,8 +161,7 @@ def _cut(
     if any(id(parameter) not in covered for parameter in module.parameters()):
         missing = [name for name, parameter in module.named_parameters() if id(parameter) not in covered]
         raise PlanError(f"pipeline_parts() leaves out the parameters {', '.join(missing[:3])}")
-    owners = [{id(p) for name in stage for p in module.get_submodule(name).parameters()} for stage in stages]
-    if sum(map(len, owners)) != len(covered):
-        raise PlanError(f"pp={plan.layout.pp} would put shared parameters on several stages: use pp=1 or untie them")
+    ties = find_ties(module, stages, plan)
     chains: list[nn.Module] = [Chain(module, stages[i]) for i in stages_of_rank(plan, mesh.get_local_rank("pp"))]
-    return chains, tuple(Chain(bare, stage) for stage in stages)
+    separate_copies(chains)
+    return chains, tuple(Chain(bare, stage) for stage in stages), ties

@@ -96,15 +96,6 @@ def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
         fields = ", ".join(spec.unbuilt)
         found.append(_reject("model", f"models with {fields} are not supported: use one without"))
     found += _unsupported_experts(plan, spec)
-    if layout.pp > 1 and spec.tied_embeddings:
-        found.append(
-            _reject(
-                "tied embeddings",
-                f"pp={layout.pp} puts embedding and head on different ranks, but they share their weights: use pp=1 "
-                "or tied_embeddings=false",
-                pp=layout.pp,
-            )
-        )
     dense = spec.dense_layers or not spec.num_experts
     for name, size in (
         ("query heads", spec.num_heads), ("key-value heads", spec.num_kv_heads),
