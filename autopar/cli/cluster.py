@@ -76,6 +76,45 @@ def preflight(
         raise typer.Exit(EXIT_NOT_FIT)
 
 
+export_app = typer.Typer(help="Tell a plan to other programs.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
+
+
+@export_app.command("slurm", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def export_slurm(
+    context: typer.Context,
+    plan_file: Annotated[Path, typer.Argument(help="plan.json; what follows -- is passed on to `autopar run`.")],
+    script: Annotated[Path, typer.Option("-o", "--out", help="File to write.")] = Path("job.sbatch"),
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Processes, and on CUDA devices, of a node.")] = 8,
+    folder: Annotated[str, typer.Option(help="Folder of the run, shared by all nodes.")] = "runs",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    time: Annotated[str, typer.Option(help="Limit, as sbatch takes it.")] = "24:00:00",
+    partition: Annotated[str, typer.Option(help="Empty for the cluster's default.")] = "",
+    account: Annotated[str, typer.Option(help="Empty for the default.")] = "",
+    cpus_per_rank: Annotated[int, typer.Option(min=1, help="Cores for each process.")] = 8,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Times that ranks are started again within a job.")] = 3,
+    checkpoint_s: Annotated[int, typer.Option(help="Seconds before the limit at which ranks save and end.")] = 120,
+    interface: InterfaceOption = "",
+    setup: Annotated[list[str] | None, typer.Option(help="Shell line that prepares a node; may be repeated.")] = None,
+    python: Annotated[str, typer.Option(help="Interpreter that has autopar, on every node.")] = "python",
+) -> None:
+    """Write a batch script: torchrun on every node, restarts, a checkpoint before time is up, and on again."""
+    from autopar.export.slurm import SlurmJob, nodes_of, sbatch_script
+    from autopar.plan import read_plan_file
+    from costmodels.records import write_text
+
+    content = read_plan_file(plan_file)
+    each = min(ranks_per_node, content.plan.layout.world_size)
+    job = SlurmJob(
+        name=f"autopar-{content.model.name}", nodes=nodes_of(content.plan.layout.world_size, each),
+        ranks_per_node=each, device=device, plan=str(plan_file), out=folder, options=tuple(context.args), time=time,
+        partition=partition, account=account, cpus_per_rank=cpus_per_rank, max_restarts=max_restarts,
+        checkpoint_s=checkpoint_s, interface=interface, setup=tuple(setup or ()), python=python,
+    )  # fmt: skip
+    write_text(script, sbatch_script(job))
+    say(f"wrote {script}: {job.nodes} nodes of {each}; start it with `sbatch {script}`")
+
+
 @contextmanager
 def starter(
     place: Place,

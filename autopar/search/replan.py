@@ -20,9 +20,10 @@ from autopar.estimate import Estimate, Setting, estimate
 from autopar.layout import Layout
 from autopar.model.build import build_graph
 from autopar.plan import Plan, PlanFile, Rejected, violations
-from autopar.search.exhaustive import search
+from autopar.search.exhaustive import Unsupported, search
 from autopar.search.renumber import node_order, origins_of
 from autopar.search.reshard import Reshard, origins, reshard
+from autopar.search.space import Space
 from costmodels.hardware import Cluster
 from costmodels.stack import Stack
 from costmodels.units import GIB
@@ -140,6 +141,8 @@ def replan(
     costs: SwitchCosts | None = None,
     renumber: bool = False,
     top: int = 10,
+    space: Space | None = None,
+    unsupported: Unsupported | None = None,
 ) -> Replanning:
     """Plan anew for a changed cluster.
 
@@ -152,6 +155,8 @@ def replan(
         costs: of switching.
         renumber: start the nodes in the order that leaves most bytes in place, instead of by their old numbers.
         top: plans to choose from.
+        space: limits on what is looked at.
+        unsupported: asks a runtime what it cannot run; such plans are no choice.
 
     Raises:
         NoFeasiblePlan: nothing fits the new cluster.
@@ -165,8 +170,10 @@ def replan(
         return price_switch(setting, old.plan, found, lost=lost, costs=costs, renumber=renumber)
 
     carried = carry_over(setting, old.plan)
+    if unsupported is not None and not isinstance(carried, Rejected):
+        carried = next(iter(unsupported(carried.plan)), carried)
     kept = None if isinstance(carried, Rejected) else option(carried)
-    ranked = search(setting, top=1 if remaining_steps is None else top).best
+    ranked = search(setting, top=1 if remaining_steps is None else top, space=space, unsupported=unsupported).best
     options = [option(found) for found in ranked if kept is None or found.plan != kept.plan]
     if kept is not None:
         options.append(kept)

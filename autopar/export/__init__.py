@@ -1,0 +1,1 @@
+"""A plan told in the words of other programs."""
