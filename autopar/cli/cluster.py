@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,12 @@ from autopar.cli.common import Device, JsonFlag, app, progress, say, show, termi
 from autopar.errors import InputError
 
 if TYPE_CHECKING:
+    from autopar.measurement import Measurement
+    from autopar.plan import Plan, PlanFile
+    from autopar.runtime.job import TrainJob
+    from autopar.runtime.outcome import Outcome
     from autopar.runtime.places import Place
+    from costmodels.hardware import Cluster
 
 Start = Callable[[str, Path], None]
 
@@ -29,6 +35,7 @@ NodeRankOption = Annotated[
 MasterOption = Annotated[str, typer.Option("--master", help="host:port of node 0, where all nodes meet.")]
 InterfaceOption = Annotated[str, typer.Option("--interface", help="Network interface for collectives, such as eth0.")]
 RanksOption = Annotated[int | None, typer.Option(min=1, help="Processes on each node; every device on CUDA.")]
+EmulateOption = Annotated[str | None, typer.Option(help="NODESxRATE: on an emulated cluster (needs root).")]
 EXIT_NOT_FIT = 3
 
 
@@ -40,7 +47,7 @@ def preflight(
     node_rank: NodeRankOption = None,
     master: MasterOption = "",
     interface: InterfaceOption = "",
-    emulate: Annotated[str | None, typer.Option(help="NODESxRATE: look at an emulated cluster (needs root).")] = None,
+    emulate: EmulateOption = None,
     expect: Annotated[str, typer.Option(help="Bandwidth that every link should reach, such as 200Gbit.")] = "",
     device: Device = "auto",
     as_json: JsonFlag = False,
@@ -113,6 +120,105 @@ def export_slurm(
     )  # fmt: skip
     write_text(script, sbatch_script(job))
     say(f"wrote {script}: {job.nodes} nodes of {each}; start it with `sbatch {script}`")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """How and where ``autopar run`` runs.
+
+    Attributes:
+        place: the part of this process.
+        timeout_s: seconds without progress.
+        max_restarts: starts after the first one on the same ranks.
+        interface, emulate: of the network.
+        elastic: ranks to go on with at the least; 0 never replans.
+        cluster: hardware for the planner, as of ``autopar plan``; empty for CPUs of this kind.
+    """
+
+    place: Place
+    timeout_s: float
+    max_restarts: int
+    interface: str = ""
+    emulate: str | None = None
+    elastic: int = 0
+    cluster: str = ""
+
+
+def train(
+    job: TrainJob, content: PlanFile, how: Execution, on_message: Callable[[dict[str, Any]], None]
+) -> tuple[Outcome, Measurement | None] | None:
+    """Train, as a whole or this process's part of it; None where another process has the result.
+
+    Raises:
+        InputError: options that do not fit each other, the plan or this machine.
+        RunError: the run failed.
+    """
+    import dataclasses
+
+    from autopar.elastic import Ranks, train_on_what_is_left
+    from autopar.runtime.places import Role
+    from autopar.runtime.run import run_training, run_training_part
+
+    world, place = content.plan.layout.world_size, how.place
+    stack = "autopar-gloo" if job.device == "cpu" else "autopar-nccl"
+    if how.elastic and job.device != "cpu" and not how.cluster:
+        raise InputError("--elastic plans anew: name the hardware with --cluster, such as h100:4x8")
+    if place.role is not Role.LAUNCHER:
+        if how.emulate is not None:
+            raise InputError("--emulate sets up its own nodes: leave it out under torchrun, Slurm and with --nodes")
+        ranks = place.world_size or world
+        if how.elastic and ranks != world:
+            job = _replanned(job, content, how, ranks, stack)
+        if ranks % place.num_nodes:
+            raise InputError(f"a plan of {ranks} ranks does not divide over {place.num_nodes} nodes")
+        return run_training_part(
+            job, place, ranks_per_node=ranks // place.num_nodes, stall_timeout_s=how.timeout_s,
+            max_restarts=how.max_restarts, interface=how.interface, on_message=on_message,
+        )  # fmt: skip
+    with _nodes(how.emulate, how.interface) as nodes:
+        if world % len(nodes):
+            raise InputError(f"a plan of {world} ranks does not divide over {len(nodes)} emulated nodes")
+
+        def job_under(plan: Plan) -> TrainJob:
+            if plan == content.plan or job.training is None:
+                return job
+            saving = dataclasses.replace(job.training.saving, resume=True)
+            return dataclasses.replace(job, plans=(plan,), training=dataclasses.replace(job.training, saving=saving))
+
+        def run(plan: Plan, ranks: Ranks) -> tuple[Outcome, Measurement | None]:
+            return run_training(
+                job_under(plan), nodes=ranks.nodes, ranks_per_node=ranks.ranks_per_node,
+                stall_timeout_s=how.timeout_s, max_restarts=how.max_restarts, on_message=on_message,
+            )  # fmt: skip
+
+        ranks = Ranks(nodes=nodes, ranks_per_node=world // len(nodes))
+        if not how.elastic:
+            return run(content.plan, ranks)
+        return train_on_what_is_left(
+            content, ranks, least=how.elastic, run=run, stack=stack, on_message=on_message,
+            cluster_of=lambda left: _hardware(how.cluster, len(left.nodes), left.ranks_per_node),
+        )  # fmt: skip
+
+
+def _replanned(job: TrainJob, content: PlanFile, how: Execution, ranks: int, stack: str) -> TrainJob:
+    """The job under a plan for as many ranks as torchrun has found; the same in every rank, since planning is."""
+    import dataclasses
+
+    from autopar.elastic import plan_for
+
+    if ranks < how.elastic:
+        raise InputError(f"{ranks} ranks are left; --elastic goes on with at least {how.elastic}")
+    cluster = _hardware(how.cluster, how.place.num_nodes, ranks // how.place.num_nodes)
+    return dataclasses.replace(job, plans=(plan_for(content, cluster, stack),))
+
+
+def _hardware(cluster: str, num_nodes: int, ranks_per_node: int) -> Cluster:
+    import dataclasses
+
+    from costmodels.hardware import load_cluster
+
+    found = load_cluster(cluster or f"cpu:{num_nodes}x{ranks_per_node}")
+    return dataclasses.replace(found, num_nodes=num_nodes, devices_per_node=ranks_per_node)
 
 
 @contextmanager

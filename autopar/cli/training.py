@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autopar.cli.cluster import (
+    EmulateOption,
+    Execution,
+    InterfaceOption,
+    MasterOption,
+    NodeRankOption,
+    NodesOption,
+    train,
+)
 from autopar.cli.common import Device, JsonFlag, app, progress, say
+from autopar.errors import InputError
 from autopar.runtime.rates import Decay, RateSchedule
 
 if TYPE_CHECKING:
@@ -105,20 +116,43 @@ def run_plan(
         float,
         typer.Option(min=1, rich_help_panel=EXECUTION, help="Seconds without progress after which all ranks end."),
     ] = 180,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, rich_help_panel=EXECUTION, help="Times to go on from the last checkpoint by itself.")
+    ] = 3,
+    elastic: Annotated[
+        int, typer.Option(min=0, rich_help_panel=EXECUTION, help="Then plan anew, for at least so many ranks; 0 never.")
+    ] = 0,
+    cluster: Annotated[
+        str, typer.Option("--cluster", rich_help_panel=EXECUTION, help="With --elastic: hardware, as for plan.")
+    ] = "",
+    nodes: NodesOption = None,
+    node_rank: NodeRankOption = None,
+    master: MasterOption = "",
+    interface: InterfaceOption = "",
+    emulate: EmulateOption = None,
 ) -> None:
-    """Train under a plan, from text to checkpoints; measure its first steps against the prediction."""
+    """Train under a plan, from text to checkpoints; measure its first steps against the prediction.
+
+    On a cluster: the same command on every node with --nodes, --node-rank and --master, or under torchrun or srun; all
+    nodes share --out.
+    """
     from autopar.demo import resolve_device
     from autopar.plan import read_plan_file
     from autopar.runtime import job as jobs
-    from autopar.runtime.nodes import local_node
-    from autopar.runtime.run import run_training
+    from autopar.runtime.places import Role, find_place
 
+    place = find_place(os.environ, nodes=nodes, node_rank=node_rank, master=master)
+    how = Execution(
+        place=place, timeout_s=timeout, max_restarts=max_restarts, interface=interface, emulate=emulate,
+        elastic=elastic, cluster=cluster,
+    )  # fmt: skip
     content = read_plan_file(plan_file)
     logging = _logging(content, peak_tflops, log_every, tensorboard)
     job = jobs.TrainJob(
         model=content.model, workload=content.workload, plans=(content.plan,), steps=steps, out_dir=str(out),
         seed=seed, learning_rate=learning_rate, weight_decay=weight_decay, betas=(0.9, beta2), clip=clip,
-        device=resolve_device(device), source=model, data=_tokens(data or [], tokenizer, out, validation),
+        device=resolve_device(device), source=model,
+        data=_tokens(data or [], tokenizer, out, validation, whole=place.role is Role.LAUNCHER),
         training=jobs.Training(
             rate=RateSchedule(decay=schedule, warmup_steps=warmup_steps, minimum=min_lr),
             evaluation=jobs.Evaluation(every=eval_every, batches=eval_batches),
@@ -130,13 +164,13 @@ def run_plan(
             self_check=self_check,
         ),
     )  # fmt: skip
-    if logging.peak_flops:
+    if logging.peak_flops and place.leads:
         say(f"MFU: {logging.flops_convention}, over {logging.peak_flops / 1e12:.4g} TFLOP/s of a device")
     with progress() as on_message:
-        outcome, measured = run_training(
-            job, nodes=(local_node(),), ranks_per_node=content.plan.layout.world_size, stall_timeout_s=timeout,
-            on_message=on_message,
-        )  # fmt: skip
+        found = train(job, content, how, on_message)
+    if found is None:
+        return
+    outcome, measured = found
     if as_json:
         print(json.dumps(_json(outcome, measured, content)))
     else:
@@ -144,9 +178,14 @@ def run_plan(
     say(f"wrote {out / 'metrics.csv'}" + (f" and {job.measurement_file(content.plan)}" if measured else ""))
 
 
-def _tokens(data: list[str], tokenizer: str, out: Path, validation: float) -> Data:
+def _tokens(data: list[str], tokenizer: str, out: Path, validation: float, *, whole: bool) -> Data:
+    """``whole``: this process is alone in preparing the run, so that it may write tokens."""
     from autopar.runtime.data.tokenize import find_tokens
+    from autopar.runtime.data.tokens import HEADER
     from autopar.runtime.job import Data
+
+    if not whole and any(not (Path(name) / HEADER).is_file() for name in data):
+        raise InputError("where every node or rank is started by itself, --data is a folder made by `autopar tokenize`")
 
     folder = find_tokens(data, tokenizer, out / "tokens") if data else None
     return Data(tokens=str(folder.resolve()) if folder else "", validation=validation)

@@ -122,13 +122,15 @@ def _environment(job: SlurmJob) -> list[str]:
 
 
 def _launch(job: SlurmJob) -> list[str]:
-    torchrun = f"exec {shlex.quote(job.python)} -m torch.distributed.run --rdzv-conf=is_host=$((SLURM_NODEID == 0))"
+    own = '--rdzv-conf=is_host=$((SLURM_NODEID == 0)) --local-addr="${SLURMD_NODENAME:-$(hostname)}"'
+    torchrun = f"exec {shlex.quote(job.python)} -m torch.distributed.run {own}"
     run = ["-m", "autopar", "run", job.plan, "--out", job.out, "--device", job.device, *job.options]
     return [
         "# The time is nearly up: ranks save and end, and the job goes on later.",
         "stopped=0",
         "trap 'stopped=1; scancel --signal=TERM \"$SLURM_JOB_ID.0\"' TERM",
-        "# Node 0 keeps the store of the rendezvous; torchrun alone would compare names of hosts to find it.",
+        "# Node 0 keeps the store of the rendezvous, and nodes are met under Slurm's names for them; left alone,",
+        "# torchrun asks the host for its name, which others may not know.",
         f"srun --kill-on-bad-exit=1 bash -c '{torchrun} \"$@\"' torchrun \\",
         f'  --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks_per_node} \\',
         '  --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" \\',

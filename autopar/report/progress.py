@@ -51,6 +51,9 @@ class ProgressLine:
             self._console.print(line, markup=False, soft_wrap=True)
         elif message.get("event") == "log":
             self._console.print(str(message["line"]), markup=False, highlight=False, soft_wrap=True)
+        elif message.get("event") == "replan":
+            line = f"{message['what']}: plan {message['slug']} on {message['ranks']} ranks"
+            self._console.print(line, markup=False, soft_wrap=True)
         elif message.get("event") == "plan_begin":
             self._show("run", message["slug"], 0, 1, f" ({message['index'] + 1} of {message['plans']})")
         elif message.get("event") == "step":

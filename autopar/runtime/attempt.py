@@ -21,7 +21,13 @@ from typing import IO, Any
 from autopar.errors import RunError
 from autopar.runtime.nodes import INTERFACE_VARIABLE, LOCAL_ADDRESS, Node
 from autopar.runtime.processes import MARK_VARIABLE, end_marked
-from autopar.runtime.progress import FOLDER_VARIABLE, LAUNCHER_VARIABLE, MESSAGE_PREFIX, status_name
+from autopar.runtime.progress import (
+    FOLDER_VARIABLE,
+    LAUNCHER_VARIABLE,
+    MESSAGE_PREFIX,
+    MESSAGES_VARIABLE,
+    status_name,
+)
 
 TERM_GRACE_S = 2.0
 
@@ -89,6 +95,7 @@ class Attempt:
             MARK_VARIABLE: self.mark,
             FOLDER_VARIABLE: str(self.out_dir),
             LAUNCHER_VARIABLE: str(os.getpid()),
+            MESSAGES_VARIABLE: "1",
         }
         torchrun = [
             sys.executable, "-m", "torch.distributed.run",

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from autopar.errors import InputError, RunError
@@ -19,7 +19,7 @@ from autopar.runtime.interfaces import address_of, interface_names
 from autopar.runtime.launch import OnMessage
 from autopar.runtime.nodes import INTERFACE_VARIABLE
 from autopar.runtime.places import Place
-from autopar.runtime.progress import MESSAGE_PREFIX
+from autopar.runtime.progress import MESSAGE_PREFIX, MESSAGES_VARIABLE
 
 SHUTDOWN_TIMEOUT_S = 60
 """Seconds that ranks have to end after SIGTERM, such as to write a checkpoint, before torchrun kills them."""
@@ -59,7 +59,6 @@ def run_node(
     max_restarts: int = 0,
     interface: str = "",
     on_message: OnMessage | None = None,
-    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run this node's ranks until all ranks of all nodes end well.
 
@@ -76,7 +75,7 @@ def run_node(
     )  # fmt: skip
     env = {
         "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S),
-        **(os.environ if environment is None else environment), **variables,
+        **os.environ, **variables, MESSAGES_VARIABLE: "1",
     }  # fmt: skip
     agent = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     usual = signal.signal(signal.SIGTERM, lambda number, frame: agent.send_signal(number))

@@ -25,6 +25,8 @@ from costmodels.records import from_plain, read_json, write_json
 
 MESSAGE_PREFIX = "@autopar "
 FOLDER_VARIABLE, LAUNCHER_VARIABLE = "AUTOPAR_STATUS_DIR", "AUTOPAR_LAUNCHER"
+# Set where someone reads messages; elsewhere they would only be noise in a log.
+MESSAGES_VARIABLE = "AUTOPAR_MESSAGES"
 WRITE_INTERVAL_S = 0.2
 STARTING, RUNNING, DONE, FAILED = "starting", "running", "done", "failed"
 
@@ -161,8 +163,9 @@ def announce(message: Mapping[str, Any]) -> None:
 
 
 def send_message(message: Mapping[str, Any]) -> None:
-    """Print a message for ``launch``'s ``on_message``; meant for rank 0."""
-    print(MESSAGE_PREFIX + json.dumps(message), flush=True)
+    """Print a message for the ``on_message`` of who started the ranks, if they read any; meant for rank 0."""
+    if MESSAGES_VARIABLE in os.environ:
+        print(MESSAGE_PREFIX + json.dumps(message), flush=True)
 
 
 def status_name(rank: int) -> str:

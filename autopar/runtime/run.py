@@ -8,13 +8,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from autopar.errors import RunError
+from autopar.errors import InputError, RunError
 from autopar.measurement import Measurement, read_measurement
 from autopar.runtime.identity import check_identity
 from autopar.runtime.job import TrainJob, check_job, write_job
 from autopar.runtime.launch import OnMessage, launch
+from autopar.runtime.node_run import run_node, run_rank
 from autopar.runtime.nodes import Node
 from autopar.runtime.outcome import OUTCOME, Outcome, read_outcome
+from autopar.runtime.places import Place, Role
 
 WORKER = "autopar.runtime.train"
 
@@ -81,30 +83,91 @@ def run_training(
         InputError, PlanError: the job cannot work, or ``out_dir`` has checkpoints of another one; nothing was started.
         RunError: a rank died or hung.
     """
-    assert job.training is not None
-    check_job(job, len(nodes) * ranks_per_node)
-    out_dir, [plan] = Path(job.out_dir), job.plans
-    if job.training.saving.resume:
-        check_resumable(job)
-    else:
-        put_aside(job.checkpoint_folder)
+    prepare_training(job, len(nodes) * ranks_per_node, stall_timeout_s)
 
     def told(message: dict[str, Any]) -> None:
         if on_message is not None:
             on_message(_with_checkpoint(message, job.checkpoint_folder))
 
-    (out_dir / OUTCOME).unlink(missing_ok=True)
-    write_job(out_dir / "job.json", dataclasses.replace(job, timeout_s=stall_timeout_s))
     launch(
         WORKER,
-        out_dir / "job.json",
+        job_file(job),
         nodes=nodes,
         ranks_per_node=ranks_per_node,
-        out_dir=out_dir,
+        out_dir=Path(job.out_dir),
         stall_timeout_s=stall_timeout_s,
         max_restarts=max_restarts,
         on_message=told,
     )
+    return training_result(job)
+
+
+def run_training_part(
+    job: TrainJob,
+    place: Place,
+    *,
+    ranks_per_node: int,
+    stall_timeout_s: float,
+    max_restarts: int = 0,
+    interface: str = "",
+    on_message: OnMessage | None = None,
+) -> tuple[Outcome, Measurement | None] | None:
+    """This process's part of a training whose nodes, or whose ranks, are each started by themselves.
+
+    All parts get the same job; ``out_dir`` is a folder that they share, of files as in ``run_training``.
+
+    Args:
+        place: which part it is: the ranks of a node, or a rank.
+        interface: network interface for collectives; empty leaves the choice to the backend.
+
+    Returns:
+        As ``run_training`` on the part that leads, None on the others.
+
+    Raises:
+        InputError, PlanError: the job cannot work.
+        RunError: a rank died or hung, and torchrun gave up.
+    """
+    assert job.training is not None
+    if not job.training.saving.resume:
+        raise InputError(
+            "--no-resume is for runs that are started as one: here a restart is a start; use another --out"
+        )
+    world_size = place.world_size or place.num_nodes * ranks_per_node
+    if place.leads:
+        prepare_training(job, world_size, stall_timeout_s)
+    else:
+        check_job(job, world_size)
+        write_job(job_file(job), dataclasses.replace(job, timeout_s=stall_timeout_s))
+    if place.role is Role.RANK:
+        run_rank(place, WORKER, [str(job_file(job))])
+    else:
+        run_node(
+            place, WORKER, job_file(job), ranks_per_node=ranks_per_node, max_restarts=max_restarts,
+            interface=interface, on_message=on_message,
+        )  # fmt: skip
+    return training_result(job) if place.leads else None
+
+
+def job_file(job: TrainJob) -> Path:
+    """Where a job is written for its ranks."""
+    return Path(job.out_dir) / "job.json"
+
+
+def prepare_training(job: TrainJob, world_size: int, stall_timeout_s: float) -> None:
+    """Check a job and its folder, and write the job down for so many ranks. Raises InputError, PlanError."""
+    assert job.training is not None
+    check_job(job, world_size)
+    if job.training.saving.resume:
+        check_resumable(job)
+    else:
+        put_aside(job.checkpoint_folder)
+    (Path(job.out_dir) / OUTCOME).unlink(missing_ok=True)
+    write_job(job_file(job), dataclasses.replace(job, timeout_s=stall_timeout_s))
+
+
+def training_result(job: TrainJob) -> tuple[Outcome, Measurement | None]:
+    """How a training ended and what was measured of it. Raises RunError if it left no word."""
+    out_dir, [plan] = Path(job.out_dir), job.plans
     if not (out_dir / OUTCOME).exists():
         raise RunError(f"the run ended well but left no {out_dir / OUTCOME}")
     file = job.measurement_file(plan)

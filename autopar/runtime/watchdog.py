@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -37,6 +38,7 @@ def guard(progress: Progress, *, timeout_s: float, folder: Path) -> None:
     """
     if FOLDER_VARIABLE in os.environ:
         return
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     folder.mkdir(parents=True, exist_ok=True)
     progress.write(folder)
     threading.Thread(target=_watch, args=(progress, timeout_s, folder), daemon=True).start()

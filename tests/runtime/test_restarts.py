@@ -18,7 +18,7 @@ from autopar.errors import RunError
 from autopar.runtime.diagnosis import Fault
 from autopar.runtime.launch import launch, why_final
 from autopar.runtime.nodes import Node
-from autopar.runtime.progress import DONE, RUNNING, Progress, Status, read_statuses
+from autopar.runtime.progress import DONE, MESSAGES_VARIABLE, RUNNING, Progress, Status, read_statuses
 from autopar.runtime.rendezvous import agree
 from autopar.runtime.watchdog import stall_message
 from costmodels.records import write_json
@@ -83,6 +83,7 @@ def test_plain_torchrun_starts_again(tmp_path: Path) -> None:
     env = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parent}:{Path.cwd()}",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2",
+        MESSAGES_VARIABLE: "1",
     }  # fmt: skip
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
