@@ -135,6 +135,7 @@ def kill_at(out: Path, rank: int, step: int) -> threading.Thread:
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(900)
 def test_four_ranks_become_two(tmp_path: Path) -> None:
     """A rank of the second node is killed for good: the first node goes on under a new plan, as one process would."""
     out, told = tmp_path / "run", list[dict[str, Any]]()
@@ -160,6 +161,7 @@ def test_four_ranks_become_two(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(900)
 def test_struck_runs_end_with_the_same_losses(tmp_path: Path) -> None:
     """Three kills and a hang in one run of three ranks; ``benchmarks/faults.py`` does twenty."""
     faults = load_benchmark("faults")

@@ -121,6 +121,7 @@ def steps_of(folder: Path) -> list[int]:
 
 @pytest.mark.netns
 @pytest.mark.dist
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(REASON is not None, reason=REASON or "")
 def test_the_script_runs_stops_in_time_and_goes_on(tmp_path: Path) -> None:
     """On two nodes: told that its time is up it saves, ends well and queues itself; started again it goes on."""
@@ -151,6 +152,7 @@ def test_the_script_runs_stops_in_time_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.netns
 @pytest.mark.dist
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(REASON is not None, reason=REASON or "")
 def test_nodes_started_one_by_one_survive_a_kill(tmp_path: Path) -> None:
     """``autopar run --nodes`` on two nodes: a rank of the second is killed, and all go on from the last checkpoint."""

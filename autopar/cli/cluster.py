@@ -166,13 +166,13 @@ def train(
     if place.role is not Role.LAUNCHER:
         if how.emulate is not None:
             raise InputError("--emulate sets up its own nodes: leave it out under torchrun, Slurm and with --nodes")
-        ranks = place.world_size or world
-        if how.elastic and ranks != world:
-            job = _replanned(job, content, how, ranks, stack)
-        if ranks % place.num_nodes:
-            raise InputError(f"a plan of {ranks} ranks does not divide over {place.num_nodes} nodes")
+        number = place.world_size or world
+        if how.elastic and number != world:
+            job = _replanned(job, content, how, number, stack)
+        if number % place.num_nodes:
+            raise InputError(f"a plan of {number} ranks does not divide over {place.num_nodes} nodes")
         return run_training_part(
-            job, place, ranks_per_node=ranks // place.num_nodes, stall_timeout_s=how.timeout_s,
+            job, place, ranks_per_node=number // place.num_nodes, stall_timeout_s=how.timeout_s,
             max_restarts=how.max_restarts, interface=how.interface, on_message=on_message,
         )  # fmt: skip
     with _nodes(how.emulate, how.interface) as nodes:

@@ -11,7 +11,9 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from autopar.errors import InputError, RunError
@@ -101,8 +103,10 @@ def _pass_on(line: str, on_message: OnMessage | None) -> None:
 
 
 def run_rank(place: Place, module: str, arguments: Sequence[str]) -> None:
-    """Be a rank: run ``module.main(arguments)`` in this process."""
-    from importlib import import_module
-
+    """Be a rank: run ``module.main(arguments)`` in this process. What it raises is told with its stack."""
     os.environ.update(place.variables)
-    import_module(module).main(arguments)
+    try:
+        import_module(module).main(arguments)
+    except Exception:
+        traceback.print_exc()
+        raise

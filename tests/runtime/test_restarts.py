@@ -54,6 +54,7 @@ def run(folder: Path, faults: Faults, *, ranks: int, max_restarts: int) -> list[
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(900)
 def test_killed_failed_and_hung_ranks_are_started_again(tmp_path: Path) -> None:
     faults: Faults = [(1, 3, "SIGKILL"), (0, 5, "raise"), (2, 8, "SIGSTOP")]
     messages = run(tmp_path, faults, ranks=3, max_restarts=3)
@@ -70,6 +71,7 @@ def test_killed_failed_and_hung_ranks_are_started_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(900)
 def test_plain_torchrun_starts_again(tmp_path: Path) -> None:
     """Without a launcher: a rank that hangs is named by the others, which end; torchrun starts all again.
 
