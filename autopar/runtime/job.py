@@ -9,6 +9,7 @@ from pathlib import Path
 from autopar.errors import InputError, PlanError
 from autopar.model.spec import ModelSpec, Position
 from autopar.plan import Plan
+from autopar.runtime.data.samples import cut_of
 from autopar.runtime.data.tokenizer import NUM_BYTES
 from autopar.runtime.data.tokens import read_header
 from autopar.runtime.rates import RateSchedule
@@ -162,6 +163,12 @@ class TrainJob:
         return self.steps if self.training else self.warmup + INSPECTED_STEPS + self.steps
 
     @property
+    def evaluated_sequences(self) -> int:
+        """Sequences of an evaluation; 0 if there are none."""
+        evaluation = self.training.evaluation if self.training else None
+        return evaluation.batches * self.workload.global_batch if evaluation and evaluation.every else 0
+
+    @property
     def checkpoint_folder(self) -> Path:
         """Where checkpoints of real training go."""
         return Path(self.out_dir) / CHECKPOINTS
@@ -228,6 +235,11 @@ def _check_training(job: TrainJob, training: Training) -> None:
         raise InputError(f"the share of the text kept for validation is between 0 and 1, not {job.data.validation}")
     if saving.every_steps < 0 or saving.every_minutes < 0 or saving.keep < 1:
         raise InputError(f"checkpoints: {saving} has a negative interval, or keeps none")
+    if job.data.tokens:
+        cut_of(
+            read_header(Path(job.data.tokens)).num_tokens, job.workload.seq_len, validation=job.data.validation,
+            validation_sequences=job.evaluated_sequences,
+        )  # fmt: skip
     if logging.every < 1:
         raise InputError(f"a log line comes every 1 or more steps, not {logging.every}")
     if logging.tensorboard and find_spec("tensorboard") is None:

@@ -15,6 +15,7 @@ class Saver:
 
     Attributes:
         folder: where they are.
+        skipped: newer checkpoints that could not be used, each with what is wrong with it, once ``resume`` has looked.
     """
 
     def __init__(self, job: TrainJob, saving: Saving, tick: Callable[[str], None]) -> None:
@@ -25,6 +26,7 @@ class Saver:
                 self.folder, keep=saving.keep, asynchronous=saving.asynchronous, tick=lambda: tick("checkpoint")
             )
         self._last = -1
+        self.skipped: tuple[str, ...] = ()
 
     def resume(self, trainer: Trainer) -> int:
         """Bring the trainer to the newest checkpoint, if there is one.
@@ -38,6 +40,7 @@ class Saver:
         loaded = self._checkpoints.load_latest(trainer.model, trainer.optimizer) if self._checkpoints else None
         if loaded is None:
             return 0
+        self.skipped = loaded.skipped
         check_identity(loaded.state["identity"], self._job, f"{self.folder}, step {loaded.step},")
         trainer.next_step = self._last = loaded.step
         return int(loaded.state["next_sample"])

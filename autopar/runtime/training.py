@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopar.measurement import RankMeasurement, write_measurement
 from autopar.runtime.agreement import Hosts, Poll, stop_on_signal
 from autopar.runtime.data.corpus import training_samples
 from autopar.runtime.data.feed import Feed
 from autopar.runtime.data.samples import Samples
 from autopar.runtime.evaluate import evaluate
-from autopar.runtime.inspection import Inspection
-from autopar.runtime.job import INSPECTED_STEPS, Evaluation, Training, TrainJob
-from autopar.runtime.measuring import collect
+from autopar.runtime.job import Evaluation, Training, TrainJob
+from autopar.runtime.measured_steps import MeasuredSteps
 from autopar.runtime.mesh import build_mesh
 from autopar.runtime.meter import Meter
 from autopar.runtime.metrics import StepRecord, ValidationRecord
@@ -26,10 +23,7 @@ from autopar.runtime.outcome import write_outcome
 from autopar.runtime.progress import Progress, Ticks, announce
 from autopar.runtime.reporter import Reporter
 from autopar.runtime.saving import Saver
-from autopar.runtime.trainer import Step, Trainer, build_trainer
-
-MEASURED_STEPS = 100
-"""Timed steps that go into measurement.json, which is written as soon as they are made."""
+from autopar.runtime.trainer import Trainer, build_trainer
 
 
 def train(job: TrainJob, training: Training, device: torch.device, progress: Progress) -> None:
@@ -43,10 +37,10 @@ def train(job: TrainJob, training: Training, device: torch.device, progress: Pro
     # Ranks that share sequences draw the same, others not; a checkpoint brings what was drawn from so far.
     torch.manual_seed(job.seed * plan.layout.dp + plan.layout.data_share(dist.get_rank()))
     trainer = build_trainer(job, plan, device, build_mesh(plan.layout, device.type), Ticks(progress))
-    evaluation, batch = training.evaluation, job.workload.global_batch
+    evaluation = training.evaluation
     samples, held_out = training_samples(
         job.data.tokens, job.workload.seq_len, validation=job.data.validation, seed=job.seed,
-        validation_sequences=evaluation.batches * batch if evaluation.every else 0,
+        validation_sequences=job.evaluated_sequences,
     )  # fmt: skip
     saver, hosts = Saver(job, training.saving, progress.tick), Hosts()
     next_sample = saver.resume(trainer)
@@ -54,8 +48,10 @@ def train(job: TrainJob, training: Training, device: torch.device, progress: Pro
     reporter = Reporter(job, training, first_step)
     if first_step:
         reporter.say(f"going on after step {first_step} of {job.steps}, from {saver.folder}")
+    for line in saver.skipped:
+        reporter.say(line)
     meter = Meter(trainer=trainer, hosts=hosts, logging=training.logging)
-    measured = _Measured(trainer=trainer, meter=meter, steps_left=job.steps - first_step)
+    measured = MeasuredSteps(trainer=trainer, meter=meter, steps_left=job.steps - first_step)
     with stop_on_signal() as stop, _feed(trainer, samples, next_sample) as feed:
         poll = Poll(hosts, stop, training.saving.every_minutes * 60)
         stopped = False
@@ -109,60 +105,8 @@ def _validate(trainer: Trainer, held_out: Samples, evaluation: Evaluation, progr
         return evaluate(trainer.model, batches())
 
 
-def _tell(records: tuple[StepRecord, ...], reporter: Reporter, measured: _Measured, poll: Poll) -> None:
+def _tell(records: tuple[StepRecord, ...], reporter: Reporter, measured: MeasuredSteps, poll: Poll) -> None:
     if records:
         reporter.add_steps(records)
         measured.add(records)
         poll.learn(min(record.seconds for record in records))
-
-
-@dataclass(kw_only=True, slots=True)
-class _Measured:
-    """The steps that measurement.json is made of, if enough of them are left: warm-up, inspected, timed."""
-
-    trainer: Trainer
-    meter: Meter
-    steps_left: int
-    _inspection: Inspection | None = None
-    _rank: RankMeasurement | None = None
-    _made: int = 0
-    _records: list[StepRecord] = field(default_factory=list)
-    _written: bool = False
-
-    def step(self, batch: Tensor) -> Step:
-        """Make the next step, looked at if it is its turn."""
-        inspected = self._made - self.trainer.job.warmup
-        self._made += 1
-        if not 0 <= inspected < INSPECTED_STEPS or self.steps_left <= self._before:
-            return self.trainer.step(batch)
-        if self._inspection is None:
-            self._inspection = Inspection(trainer=self.trainer)
-        step = self._inspection.step(inspected, batch)
-        if inspected == INSPECTED_STEPS - 1:
-            self._rank = self._inspection.result()
-            self.meter.peak_bytes = self._rank.peak_bytes
-            self._inspection = None
-        return step
-
-    def add(self, records: tuple[StepRecord, ...]) -> None:
-        """Take the numbers of steps; write the file once there are enough of them."""
-        if not self._written:
-            self._records.extend(records)
-            if len(self._records) >= self._before + MEASURED_STEPS:
-                self.finish()
-
-    def finish(self) -> None:
-        """Write the file with the timed steps that there are. Collective."""
-        if self._written or self._rank is None or len(self._records) <= self._before:
-            return
-        self._written = True
-        seconds = [record.seconds for record in self._records[self._before :]]
-        norms = [record.grad_norm for record in self._records if record.grad_norm is not None]
-        found = collect(self.trainer, [r.loss for r in self._records], norms, seconds, self._rank, None)
-        if dist.get_rank() == 0:
-            write_measurement(self.trainer.job.measurement_file(self.trainer.plan), found)
-        self._records = []
-
-    @property
-    def _before(self) -> int:
-        return self.trainer.job.warmup + INSPECTED_STEPS

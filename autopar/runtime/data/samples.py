@@ -33,7 +33,7 @@ class Samples:
     @property
     def num_sequences(self) -> int:
         """Sequences in an epoch."""
-        return max(0, (self.tokens.size - 1) // self.seq_len)
+        return num_sequences(self.tokens.size, self.seq_len)
 
     def rows(self, start: int, count: int) -> npt.NDArray[np.int64]:
         """Samples ``start`` to ``start + count``: [count, seq_len + 1]."""
@@ -55,30 +55,45 @@ class Samples:
         return [int(k) for k in found]
 
 
-def split(
-    tokens: npt.NDArray[Any], seq_len: int, *, validation: float, validation_sequences: int, seed: int
-) -> tuple[Samples, Samples]:
-    """Training samples and, from the end of the tokens, validation samples, which share no token.
+def num_sequences(num_tokens: int, seq_len: int) -> int:
+    """Sequences of ``seq_len`` tokens, each with the one that follows it; neighbours share that one."""
+    return max(0, (num_tokens - 1) // seq_len)
+
+
+def cut_of(num_tokens: int, seq_len: int, *, validation: float, validation_sequences: int) -> int:
+    """How many tokens are for training; the rest are for validation.
 
     Args:
-        tokens: of the corpus.
+        num_tokens: of the corpus.
         seq_len: tokens of an input.
         validation: share of the tokens that is kept for validation.
         validation_sequences: least that validation must have; 0 if it is not needed.
-        seed: of the order of training.
 
     Raises:
         InputError: a part is too short.
     """
-    cut = tokens.size - (round(tokens.size * validation) if validation_sequences else 0)
-    training = Samples(tokens=tokens[:cut], seq_len=seq_len, seed=seed)
-    held_out = Samples(tokens=tokens[cut:], seq_len=seq_len)
-    if not training.num_sequences:
+    cut = num_tokens - (round(num_tokens * validation) if validation_sequences else 0)
+    if not num_sequences(cut, seq_len):
         raise InputError(f"{cut} tokens of training text are too few for a sequence of {seq_len} and its next token")
-    if held_out.num_sequences < validation_sequences:
+    found = num_sequences(num_tokens - cut, seq_len)
+    if found < validation_sequences:
         raise InputError(
-            f"the last {tokens.size - cut} of {tokens.size} tokens, kept for validation, make "
-            f"{held_out.num_sequences} sequences of {seq_len}, but one evaluation takes {validation_sequences}: use "
-            "more text, a larger --validation, fewer --eval-batches, or --eval-every 0"
+            f"the last {num_tokens - cut} of {num_tokens} tokens, kept for validation, make {found} sequences of "
+            f"{seq_len}, but one evaluation takes {validation_sequences}: use more text, a larger --validation, fewer "
+            "--eval-batches, or --eval-every 0"
         )
-    return training, held_out
+    return cut
+
+
+def split(
+    tokens: npt.NDArray[Any], seq_len: int, *, validation: float, validation_sequences: int, seed: int
+) -> tuple[Samples, Samples]:
+    """Training samples in an order that ``seed`` gives and, from the end of the tokens, validation samples in order.
+
+    They share no token. Other arguments and errors as of ``cut_of``.
+    """
+    cut = cut_of(tokens.size, seq_len, validation=validation, validation_sequences=validation_sequences)
+    return (
+        Samples(tokens=tokens[:cut], seq_len=seq_len, seed=seed),
+        Samples(tokens=tokens[cut:], seq_len=seq_len),
+    )
