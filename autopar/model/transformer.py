@@ -197,11 +197,14 @@ class Transformer(nn.Module):
     @property
     def recompute_parts(self) -> Mapping[str, tuple[str, ...]]:
         """Where the parts of a block that may be recomputed are: recompute module to name patterns."""
-        spec, parts = self.spec, {"core_attn": ("blocks.*.attention.sdpa",)}
+        spec, parts = (
+            self.spec,
+            {"core_attn": ("blocks.*.attention.sdpa",), "layernorm": ("blocks.*.norm1", "blocks.*.norm2")},
+        )
         if spec.dense_layers or not spec.num_experts:
             parts["mlp"] = ("blocks.*.mlp",)
         if spec.dense_layers < spec.num_layers and spec.num_experts:
-            parts["moe"] = ("blocks.*.moe",)
+            parts |= {"moe": ("blocks.*.moe",), "moe_act": ("blocks.*.moe.act",)}
         return parts
 
     def pipeline_parts(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.errors import PlanError
 from autopar.model.sequence import SequencePart
-from autopar.runtime.private import gather_first, lower_right_mask, scatter_first
+from autopar.runtime.private import gather_first, lower_right_mask, scatter_first, storage_of
 
 SEQUENCE_DIM = 1
 ATTRIBUTE = "sequence_part"
@@ -137,12 +137,12 @@ class _View:
 
 def _kept_as_part(local: Tensor, gathered: Tensor, part: ContextPart) -> AbstractContextManager[Any]:
     """Operations within keep, instead of views of ``gathered``, how to take them from what ``local`` gathers to."""
-    address = gathered.untyped_storage().data_ptr()
+    storage = storage_of(gathered)
     pending, again = 0, None
 
     def pack(tensor: Tensor) -> Tensor | _View:
         nonlocal pending
-        if tensor.untyped_storage().data_ptr() != address:
+        if storage_of(tensor) != storage:
             return tensor
         pending += 1
         return _View(size=tuple(tensor.shape), stride=tensor.stride(), offset=tensor.storage_offset())

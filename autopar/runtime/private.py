@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile
@@ -104,6 +105,11 @@ def meshes_kept_with(mesh: DeviceMesh) -> dict[str, DeviceMesh]:
 def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
     """Have DistributedDataParallel, when it wraps a module, leave some of its parameters alone."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
+
+
+def storage_of(tensor: Tensor) -> Hashable:
+    """Stands for a tensor's storage; equal for views of the same, and of no other as long as it is held."""
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def has_dropout(module: nn.Module) -> bool:

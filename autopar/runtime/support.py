@@ -16,7 +16,7 @@ from autopar.workload import Precision, Workload
 SPLIT_BACKWARD = (ScheduleName.ZB_H1, ScheduleName.ZB_H2, ScheduleName.ZB_V, ScheduleName.DUALPIPE_V)
 """Schedules that take gradients of inputs and of weights apart."""
 
-RECOMPUTED = ("core_attn", "mlp", "moe")
+RECOMPUTED = ("core_attn", "mlp", "layernorm", "moe_act", "moe")
 """Parts of a block that selective recomputation covers."""
 
 
@@ -68,6 +68,14 @@ def _reject(reason: str, detail: str, **numbers: float) -> Rejected:
 
 def _unsupported_layout(plan: Plan) -> list[Rejected]:
     layout, found = plan.layout, []
+    if plan.sequence_parallel and "layernorm" in plan.recomputed_modules:
+        found.append(
+            _reject(
+                "recompute",
+                "recomputing layernorm frees nothing under sequence parallelism, where products keep the gathered "
+                "input: drop layernorm or sp",
+            )
+        )
     unknown = [module for module in plan.recomputed_modules if module not in RECOMPUTED]
     if unknown:
         found.append(

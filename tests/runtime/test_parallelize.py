@@ -73,7 +73,7 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     ("slug", "message"),
     [
         ("dp2.mb1", "the plan is for 2 ranks, but there are 1; start under torchrun"),
-        ("mb1.ac-selective+layernorm", "recomputation of layernorm alone"),
+        ("mb1.ac-selective+op_level", "recomputation of op_level alone"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(slug: str, message: str) -> None:

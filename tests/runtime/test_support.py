@@ -24,9 +24,10 @@ WORKLOAD = Workload(global_batch=16, seq_len=64, precision=Precision.FP32)
 @pytest.mark.parametrize(
     ("slug", "microbatches", "message"),
     [
-        ("mb1.ac-selective+layernorm", 4, "recomputation of layernorm alone is not supported"),
+        ("mb1.ac-selective+op_level", 4, "recomputation of op_level alone is not supported"),
         ("dp2.ep2.mb1", 4, "ep=2, but the model has no experts: use ep=1"),
         ("mb1.sp", 4, "use tp>=2 or drop sp"),
+        ("tp2.sp.mb1.ac-selective+layernorm", 4, "drop layernorm or sp"),
         ("tp16.mb1", 4, "does not divide the query heads, 8"),
         ("pp16.mb1", 16, "16 stages for 8 blocks"),
         ("pp2.mb1.split-3-4", 4, "adds up to 7 of 8 blocks"),
@@ -113,7 +114,7 @@ def job(**changes: object) -> TrainJob:
         ({"plans": (parse_slug("dp4.mb4"),)}, "is for 4 ranks, but there are 2"),
         ({"plans": (parse_slug("dp2.mb3"),)}, "does not divide the global batch of 16"),
         ({"plans": (parse_slug("tp2.sp.mb4"),), "workload": dataclasses.replace(WORKLOAD, seq_len=63)}, "63 tokens"),
-        ({"plans": (parse_slug("tp2.mb4.ac-selective+layernorm"),)}, "cannot be run here"),
+        ({"plans": (parse_slug("tp2.mb4.ac-selective+op_level"),)}, "cannot be run here"),
     ],
 )
 def test_impossible_jobs_are_refused(changes: dict[str, object], message: str) -> None:
