@@ -177,7 +177,6 @@ def find_holdings(
     owned: Iterable[tuple[str, nn.Parameter]],
     divided: Mapping[str, tuple[Cut, ...]],
     *,
-    by_hand: Mapping[str, tuple[Cut, ...]] | None = None,
     rows: Mapping[str, Runs] | None = None,
 ) -> tuple[Holding, ...]:
     """What this rank holds, in the order of ``owned``. Every rank calls it at the same time: they compare.
@@ -186,14 +185,12 @@ def find_holdings(
         whole: the model before it was divided.
         owned: this rank's parameters, wrapped, under their names in the whole model.
         divided: cuts of those parameters that were DTensors before they were wrapped (``cuts_by_name``).
-        by_hand: cuts of parameters that are plain tensors though they are only a part, made before all others.
         rows: the order in which rows of some parameters were put before they were divided, as runs of the whole's.
     """
     mine = []
     for name, parameter in owned:
         first_name = whole.first_names[name]
-        cuts = (by_hand or {}).get(name, ())
-        cuts += cuts_of(parameter) if isinstance(parameter, DTensor) else divided.get(name, ())
+        cuts = cuts_of(parameter) if isinstance(parameter, DTensor) else divided.get(name, ())
         shape = whole.shapes[first_name]
         pieces = pieces_of(shape, cuts, (rows or {}).get(name))
         mine.append(Holding(name=first_name, shape=shape, pieces=pieces))

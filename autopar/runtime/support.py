@@ -104,6 +104,15 @@ def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
         fields = ", ".join(spec.unbuilt)
         found.append(_reject("model", f"models with {fields} are not supported: use one without"))
     found += _unsupported_experts(plan, spec)
+    if spec.tied_embeddings and layout.pp == 1 and layout.tp > 1 and plan.zero_stage == 0 and layout.dp * layout.cp > 1:
+        found.append(
+            _reject(
+                "tied embeddings",
+                f"DDP takes embedding and head apart where tp={layout.tp} divides the weight that they share: use "
+                "zero_stage 1, 2 or 3, or tied_embeddings=false",
+                tp=layout.tp,
+            )
+        )
     dense = spec.dense_layers or not spec.num_experts
     for name, size in (
         ("query heads", spec.num_heads), ("key-value heads", spec.num_kv_heads),

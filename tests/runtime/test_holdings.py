@@ -29,6 +29,8 @@ EXPERT_PLANS = (
     "dp4.ep2.mb1", "dp4.ep2.z3.mb1", "dp4.ep2.etp2.z2.mb1", "dp4.etp2.z3.mb1", "dp2.tp2.sp.ep2.z3.mb1",
     "dp4.ep2.z3.rep2.mb1", "dp2.pp2.ep2.mb1", "dp2.cp2.ep2.z1.mb1",
 )  # fmt: skip
+FUSED_PLANS = ("dp2.tp2.mb1", "dp2.tp2.z2.mb1", "dp4.z2.mb1")
+TIED_PLANS = ("dp2.tp2.z3.sp.mb1", "dp2.pp2.z2.mb1", "pp2.vp2.tp2.mb1.sched-zb-v", "dp4.mb1")
 
 
 def elements(shape: tuple[int, ...], pieces: tuple[Piece, ...], local_shape: torch.Size) -> torch.Tensor:
@@ -101,6 +103,7 @@ def test_every_layout(tmp_path: Path) -> None:
     """The worker compares them with parameters that hold their own global positions."""
     job = tmp_path / "job.json"
     plans = [("uneven", slug) for slug in PLANS] + [("experts", slug) for slug in EXPERT_PLANS]
+    plans += [("fused", slug) for slug in FUSED_PLANS] + [("tied", slug) for slug in TIED_PLANS]
     job.write_text(json.dumps({"plans": plans}))
     folder = str(Path(__file__).parent)
     path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
@@ -110,8 +113,11 @@ def test_every_layout(tmp_path: Path) -> None:
         "worker_holdings", job, nodes=[node], ranks_per_node=4, out_dir=tmp_path, stall_timeout_s=120,
         on_message=messages.append,
     )  # fmt: skip
-    found = {message["ranks"][0]["slug"]: message["ranks"] for message in messages}
-    assert tuple(found) == PLANS + EXPERT_PLANS
+    assert [message["ranks"][0]["slug"] for message in messages] == [slug for _, slug in plans]
+    ranks = {plan: message["ranks"] for plan, message in zip(plans, messages, strict=True)}
+    several = [max(rank["several"] for rank in ranks["fused", slug]) for slug in FUSED_PLANS]
+    assert [number > 0 for number in several] == [True, True, False]
+    found = {slug: each for (model, slug), each in ranks.items() if model in ("uneven", "experts")}
     copies = {slug: ranks[0]["copies"] for slug, ranks in found.items()}
     assert copies["dp4.mb1"] == [4] and copies["dp4.z2.mb1"] == copies["dp4.z3.mb1"] == [1]
     assert copies["dp4.z3.rep2.mb1"] == copies["dp2.pp2.mb1"] == [2]

@@ -44,6 +44,9 @@ def test_refusals_of_models() -> None:
     fused = dataclasses.replace(MODEL, fused_qkv=True)
     tied = dataclasses.replace(MODEL, tied_embeddings=True)
     assert not unsupported(parse_slug("tp2.mb1"), fused) and not unsupported(parse_slug("pp2.tp2.mb1"), tied)
+    assert [r.reason for r in unsupported(parse_slug("dp2.tp2.mb1"), tied)] == ["tied embeddings"]
+    for slug in ("dp2.tp2.z1.mb1", "dp2.mb1", "tp2.mb1", "dp2.tp2.pp2.mb1"):
+        assert not unsupported(parse_slug(slug), tied), slug
     assert [r.reason for r in unsupported(parse_slug("mb1"), dataclasses.replace(MODEL, qk_norm=True))] == ["model"]
     for precision in (Precision.FP16, Precision.FP8, Precision.NVFP4):
         assert unsupported_workload(dataclasses.replace(WORKLOAD, precision=precision))

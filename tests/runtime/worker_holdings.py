@@ -29,7 +29,11 @@ UNEVEN = ModelSpec(
 )  # fmt: skip
 # Three experts of each of two ranks leave a rest on two more.
 EXPERTS = dataclasses.replace(UNEVEN, name="experts", num_experts=6, top_k=2, expert_ffn_size=22)
-MODELS = {model.name: model for model in (UNEVEN, EXPERTS)}
+FUSED = dataclasses.replace(
+    UNEVEN, name="fused", hidden_size=20, num_heads=4, num_kv_heads=2, fused_qkv=True, vocab_size=28
+)
+TIED = dataclasses.replace(FUSED, name="tied", tied_embeddings=True)
+MODELS = {model.name: model for model in (UNEVEN, EXPERTS, FUSED, TIED)}
 
 
 def numbered(module: nn.Module) -> nn.Module:
