@@ -137,6 +137,8 @@ class DataHabits:
         moment_bytes: of an element of each moment beside it.
         quantized_weights: under FP8 the weights of the blocks are kept in 1 byte.
         shards_fp32: ZeRO-3 keeps its shards in fp32 and casts what it gathers.
+        casts_weights: so do all stages: weights are the fp32 master copy, and 2-byte copies of them last from a step's
+            first pass to its last.
         bucketed_overlap: unsharded data parallel gradients are reduced in buckets during the last backward.
         overlap_single_stage: only where there is no pipeline.
         bucket_bytes, first_bucket_bytes: of those buckets.
@@ -160,6 +162,7 @@ class DataHabits:
     moment_bytes: float = 4.0
     quantized_weights: bool = False
     shards_fp32: bool = False
+    casts_weights: bool = False
     bucketed_overlap: bool = True
     overlap_single_stage: bool = False
     bucket_bytes: float = 25 * MIB
@@ -213,6 +216,7 @@ class MemoryHabits:
         loss_copies: logit-sized tensors (of the activations' type) alive in the loss's backward, beside what forward
             kept.
         loss_bytes: that the loss keeps per logit from forward to backward; 0 means what the graph says.
+        loss_fp32: the loss computes in fp32: what it keeps and its copies have 4 bytes per logit.
         vocab_bytes: per element of the embedding and of the head.
         block_share: times that a block's activations are held again in its backward, as gradients and copies.
         step_bytes: per weight whose optimizer state is here, while the optimizer steps.
@@ -229,6 +233,7 @@ class MemoryHabits:
     working: str = "operation"
     loss_copies: float = 2.0
     loss_bytes: float = 0.0
+    loss_fp32: bool = False
     vocab_bytes: float = 0.0
     block_share: float = 0.0
     step_bytes: float = 0.0

@@ -19,6 +19,7 @@ STATISTICS = ("statistics", "logsumexp")
 INPUTS = ".qkv"
 PRODUCT_INPUT = ".input"
 INTERMEDIATE = "act.intermediate"
+LOSS_BYTES = 4.0
 KEPT_WIDTHS = {
     Precision.FP8: 1.0,
     Precision.FP8_BLOCK: 1.0 + 4 / 128,
@@ -40,9 +41,9 @@ def section_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees, *,
             inputs = [tensor for tensor in op.saved if tensor.name.endswith(INPUTS)]
             again = kept_bytes(inputs, setting.graph, degrees, stack)
             total = total + np.where(np.asarray(degrees.cp) > 1, again * stack.context.copies, 0.0)
-        if op.kind is OpKind.LOSS and stack.memory.loss_bytes:
+        if op.kind is OpKind.LOSS and (each := stack.memory.loss_bytes or (LOSS_BYTES if _widens(setting) else 0)):
             logits = max((tensor.num_bytes for tensor in op.saved), default=0) / setting.graph.itemsize
-            sizes[op.split] = sizes.get(op.split, 0.0) + logits * stack.memory.loss_bytes
+            sizes[op.split] = sizes.get(op.split, 0.0) + logits * each
             continue
         inner = unfused and isinstance(op.shape, AttentionShape)
         for tensor in _really_saved(op, setting):
@@ -53,6 +54,10 @@ def section_kept_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees, *,
     for split, size in sizes.items():
         total = total + size * activation_share(split, degrees, stack) * scale
     return total
+
+
+def _widens(setting: Setting) -> bool:
+    return setting.stack.memory.loss_fp32 and setting.graph.itemsize < LOSS_BYTES
 
 
 def _really_saved(op: Op, setting: Setting) -> Sequence[SavedTensor]:
@@ -151,7 +156,8 @@ def working_bytes(op: Op, setting: Setting, degrees: Degrees) -> Any:
     if op.kind is OpKind.LOSS:
         logits = max((tensor.num_bytes for tensor in op.saved), default=0)
         share = activation_share(op.split, degrees, setting.stack) * batch_scale(setting.graph, degrees)
-        return logits * setting.stack.memory.loss_copies * share
+        wider = LOSS_BYTES / setting.graph.itemsize if _widens(setting) else 1.0
+        return logits * setting.stack.memory.loss_copies * wider * share
     gradients = kept_bytes(
         [tensor for tensor in op.saved if not tensor.name.endswith(STATISTICS)],
         setting.graph, degrees, setting.stack,

@@ -61,12 +61,15 @@ def rank_memory(
         parts = [sharded(group.parameters * per_weight, zero, from_stage, group.shards) for group in groups]
         return np.asarray(sum(parts[1:], parts[0]))
 
-    whole_weights = stack.data.shards_fp32 & (zero == 3) & (shards > 1) & (setting.weight_bytes < 4)
-    parameters = np.where(whole_weights, held(4.0, 3), held(setting.weight_bytes, 3))
+    casts = stack.data.casts_weights and setting.weight_bytes < 4
+    whole_weights = stack.data.shards_fp32 & (zero == 3) & (shards > 1) & (setting.weight_bytes < 4) | casts
+    parameters = np.where(whole_weights, held(4.0, 1 if casts else 3), held(setting.weight_bytes, 3))
     # FSDP2 keeps the shards beside what it gathers; ZeRO-2 with gathered weights until the last backward.
     shard_beside = np.where(
         (zero == 2) & (shards > 1) & ~np.asarray(stack.data.persistent_gradients), weights / shards, 0.0
     )
+    if casts:
+        shard_beside = np.where((zero == 3) & (shards > 1), 0.0, weights)
     unsharded = work.parameters * setting.gradient_bytes
     # Without a scatter per microbatch, gradients add up whole until the last one.
     adds_up_whole = (zero >= 2) & (m > 1) & ~np.asarray(stack.data.accumulates_sharded)

@@ -174,11 +174,15 @@ def _accumulation(setting: Setting, plans: PlanArrays, work: RankWork, num_micro
 
 
 def _update(setting: Setting, plans: PlanArrays, work: RankWork) -> Floats:
-    """Optimizer step: state read and written, gradient read, weight written (and read, where it has no master copy)."""
+    """Optimizer step: state read and written, gradient read, weight written (and read, where it has no master copy).
+
+    Weights that are cast when they are used are written then, and the master copy is read once more.
+    """
     width, stack = setting.weight_bytes, setting.stack
     state = setting.state_bytes
     has_master = stack.data.master_weights and width < 4
     moved = 2 * state + setting.gradient_bytes + width * (1 if has_master else 2)
+    moved = moved + (stack.data.master_bytes if has_master and stack.data.casts_weights else 0.0)
     moved = moved * stack.kernels.traffic.get("optimizer", 1.0)
     zero = plans.zero[:, None]
     parts = [sharded(group.parameters * moved, zero, 1, group.shards) for group in weight_groups(plans, work)]

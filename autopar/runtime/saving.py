@@ -16,6 +16,7 @@ class Saver:
     Attributes:
         folder: where they are.
         skipped: newer checkpoints that could not be used, each with what is wrong with it, once ``resume`` has looked.
+        plan: slug of the plan under which the one was written that the run goes on from; empty if it begins anew.
     """
 
     def __init__(self, job: TrainJob, saving: Saving, tick: Callable[[str], None]) -> None:
@@ -25,7 +26,7 @@ class Saver:
             self._checkpoints = Checkpoints(
                 self.folder, keep=saving.keep, asynchronous=saving.asynchronous, tick=lambda: tick("checkpoint")
             )
-        self._last = -1
+        self._last, self.plan = -1, ""
         self.skipped: tuple[str, ...] = ()
 
     def resume(self, trainer: Trainer) -> int:
@@ -43,6 +44,7 @@ class Saver:
         self.skipped = loaded.skipped
         check_identity(loaded.state["identity"], self._job, f"{self.folder}, step {loaded.step},")
         trainer.next_step = self._last = loaded.step
+        self.plan = loaded.plan
         return int(loaded.state["next_sample"])
 
     def due(self, steps_done: int, *, late: bool, ending: bool) -> bool:

@@ -23,6 +23,7 @@ from autopar.runtime.outcome import write_outcome
 from autopar.runtime.progress import Progress, Ticks, announce
 from autopar.runtime.reporter import Reporter
 from autopar.runtime.saving import Saver
+from autopar.runtime.self_check import self_check
 from autopar.runtime.trainer import Trainer, build_trainer
 
 
@@ -36,7 +37,8 @@ def train(job: TrainJob, training: Training, device: torch.device, progress: Pro
     announce({"event": "plan_begin", "slug": plan.slug, "index": 0, "plans": 1})
     # Ranks that share sequences draw the same, others not; a checkpoint brings what was drawn from so far.
     torch.manual_seed(job.seed * plan.layout.dp + plan.layout.data_share(dist.get_rank()))
-    trainer = build_trainer(job, plan, device, build_mesh(plan.layout, device.type), Ticks(progress))
+    mesh = build_mesh(plan.layout, device.type)
+    trainer = build_trainer(job, plan, device, mesh, Ticks(progress))
     evaluation = training.evaluation
     samples, held_out = training_samples(
         job.data.tokens, job.workload.seq_len, validation=job.data.validation, seed=job.seed,
@@ -50,6 +52,8 @@ def train(job: TrainJob, training: Training, device: torch.device, progress: Pro
         reporter.say(f"going on after step {first_step} of {job.steps}, from {saver.folder}")
     for line in saver.skipped:
         reporter.say(line)
+    if training.self_check and saver.plan != plan.slug:
+        reporter.say(self_check(job, plan, device, mesh, progress.tick).sentence)
     meter = Meter(trainer=trainer, hosts=hosts, logging=training.logging)
     measured = MeasuredSteps(trainer=trainer, meter=meter, steps_left=job.steps - first_step)
     with stop_on_signal() as stop, _feed(trainer, samples, next_sample) as feed:

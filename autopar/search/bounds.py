@@ -221,6 +221,8 @@ def weight_bytes(setting: Setting, cores: Cores, decided: Decisions) -> tuple[Fl
     """Bytes that a dense weight and an expert's take at least on a device, by any sharding of each core, [cores]."""
     data, narrow = setting.stack.data, setting.weight_bytes
     width = narrow - (narrow - 1) * (data.quantized_weights and setting.workload.precision is Precision.FP8)
+    # Sharded weights that are cast from the master copy are part of the state.
+    sharded_width = 0 if (data.casts_weights or data.shards_fp32) and narrow < 4 else width
     gradient = setting.gradient_bytes if data.persistent_gradients else 0.0
     edp = cores.dp * cores.cp * cores.tp // (cores.ep * cores.etp)
     least = [np.full(len(cores), np.inf), np.full(len(cores), np.inf)]
@@ -232,7 +234,9 @@ def weight_bytes(setting: Setting, cores: Cores, decided: Decisions) -> tuple[Fl
         for which, ranks in enumerate((cores.dp * cores.cp, edp)):
             n = np.maximum(ranks, 1)
             held = (
-                width / (n if zero >= 3 else 1) + state / (n if zero >= 1 else 1) + gradient / (n if zero >= 2 else 1)
+                (sharded_width / n if zero >= 3 else width)
+                + state / (n if zero >= 1 else 1)
+                + gradient / (n if zero >= 2 else 1)
             )
             least[which] = np.minimum(least[which], np.where(cores.holdings[:, column], held, np.inf))
     return least[0], least[1]

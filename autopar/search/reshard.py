@@ -159,9 +159,9 @@ def held_kinds(setting: Setting, old: Plan, new: Plan) -> Iterator[HeldKind]:
 
 
 def _casts(setting: Setting, plan: Plan) -> bool:
-    """Whether weights are cast from shards of the master copy at every gather, and held nowhere else."""
-    sharded = plan.layout.dp_shard * plan.layout.cp > 1
-    return setting.stack.data.shards_fp32 and plan.zero_stage == 3 and sharded and setting.weight_bytes < 4
+    """Whether weights are cast from the master copy, or shards of it, when they are used, and held nowhere else."""
+    data, sharded = setting.stack.data, plan.zero_stage == 3 and plan.layout.dp_shard * plan.layout.cp > 1
+    return (data.casts_weights or (data.shards_fp32 and sharded)) and setting.weight_bytes < 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
