@@ -31,7 +31,7 @@ def clip_grad_norm_(held: Iterable[tuple[nn.Parameter, Holding]], max_norm: floa
 
     Returns:
         The norm before, a scalar in fp32, equal on all ranks. Not finite if any gradient is not; then the gradients are
-        not either, and it is for the caller not to use them.
+        left as they are, and it is for the caller not to use them.
     """
     by_copies: dict[int, list[Tensor]] = {}
     for parameter, holding in held:
@@ -44,5 +44,6 @@ def clip_grad_norm_(held: Iterable[tuple[nn.Parameter, Holding]], max_norm: floa
         dist.all_reduce(square)
     norm = square.sqrt().to(torch.float32)
     if not math.isinf(max_norm):
-        multiply_all([g for each in by_copies.values() for g in each], (max_norm / (norm + TINY)).clamp(max=1.0))
+        factor = torch.where(norm.isfinite(), (max_norm / (norm + TINY)).clamp(max=1.0), 1.0)
+        multiply_all([gradient for each in by_copies.values() for gradient in each], factor)
     return norm

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan
+from autopar.runtime.bad_numbers import check_numbers
 from autopar.runtime.job import TrainJob
 from autopar.runtime.memory import local_bytes
 from autopar.runtime.optimizer import AdamWOptions, build_optimizer
@@ -63,13 +64,19 @@ class Trainer:
             batch: this data parallel rank's share, [local batch, seq_len + 1], on the device.
             observer: told of this step's actions instead of the usual one.
             on_gradients: called when the gradients are there.
+
+        Raises:
+            RunError: the norm, if it is asked for, or with it the loss is not finite; nothing was updated.
         """
         if observer is not None:
             self.model.observer, usual = observer, self.model.observer
-        loss = self.model.train_step(batch[:, :-1], batch[:, 1:])
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+        loss = self.model.train_step(inputs, targets)
         if on_gradients is not None:
             on_gradients()
         norm = self._clip()
+        if norm is not None:
+            check_numbers(self.model, self.next_step, loss, norm, inputs, targets)
         self._set_rate()
         if observer is None:
             self.optimizer.step()
