@@ -186,11 +186,18 @@ def main() -> None:
             faults += [(slug, s.kind, s.rank, s.struck_at, s.resumes_from, f"{s.lost_s:.1f}", s.told) for s in strikes]
             print(*runs[-1], flush=True)
             shutil.rmtree(Path(name) / slug)
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_csv(options.out / "faults.csv",
-              ("plan", "signal", "rank", "struck_at_step", "resumes_from", "lost_s", "told"), faults)  # fmt: skip
-    write_csv(options.out / "runs.csv", ("plan", "ranks", "faults", "steps", "same_losses", "seconds"), runs)
-    (options.out / "README.md").write_text(readme(options.seed, options.timeout, faults, runs), encoding="utf-8")
+            write_report(options.out, options.seed, options.timeout, faults, runs)
+
+
+def write_report(
+    out: Path, seed: int, timeout_s: float, faults: Sequence[Sequence[Any]], runs: Sequence[Sequence[Any]]
+) -> None:
+    """The files, anew after each run."""
+    out.mkdir(parents=True, exist_ok=True)
+    columns = ("plan", "signal", "rank", "struck_at_step", "resumes_from", "lost_s", "told")
+    write_csv(out / "faults.csv", columns, faults)
+    write_csv(out / "runs.csv", ("plan", "ranks", "faults", "steps", "same_losses", "seconds"), runs)
+    (out / "README.md").write_text(readme(seed, timeout_s, faults, runs), encoding="utf-8")
 
 
 def readme(seed: int, timeout_s: float, faults: Sequence[Sequence[Any]], runs: Sequence[Sequence[Any]]) -> str:

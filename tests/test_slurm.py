@@ -133,16 +133,16 @@ def test_the_script_runs_stops_in_time_and_goes_on(tmp_path: Path) -> None:
         environment = fake_slurm(tmp_path / "bin", nodes)
         log = (tmp_path / "log").open("wb")
         first = subprocess.Popen(["bash", str(script)], env=environment, stdout=log, stderr=log)
-        end = time.monotonic() + 150
+        end = time.monotonic() + 400
         while len(steps_of(out)) < 3 and first.poll() is None and time.monotonic() < end:
             time.sleep(0.1)
         first.send_signal(signal.SIGTERM)
-        assert first.wait(timeout=100) == 0, (tmp_path / "log").read_text()[-3000:]
+        assert first.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
         stopped = read_outcome(out)
         assert stopped.stopped and 3 <= stopped.steps_done < STEPS
         assert (tmp_path / "bin" / "log").read_text().splitlines() == ["--signal=TERM 77.0", "requeue 77"]
         script.write_text(script.read_text().replace(f"--steps {STEPS}", f"--steps {stopped.steps_done + 3}"))
-        again = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, timeout=200)
+        again = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, timeout=400)
         assert again.returncode == 0, again.stderr[-3000:]
     found = read_outcome(out)
     assert (found.first_step, found.stopped) == (stopped.steps_done, False)
@@ -170,17 +170,17 @@ def test_nodes_started_one_by_one_survive_a_kill(tmp_path: Path) -> None:
             log = (tmp_path / f"log{node.index}").open("wb")
             parts.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         struck = False
-        end = time.monotonic() + 150
+        end = time.monotonic() + 400
         while not struck and time.monotonic() < end:
             status = read_statuses(out / "ranks", 2).get(1)
             if status is not None and status.state == RUNNING and len(steps_of(out)) >= 6:
                 os.kill(status.pid, signal.SIGKILL)
                 struck = True
             time.sleep(0.05)
-        codes = [part.wait(timeout=150) for part in parts]
+        codes = [part.wait(timeout=300) for part in parts]
     logs = "".join((tmp_path / f"log{i}").read_text() for i in range(2))
     assert struck and codes == [0, 0], logs[-4000:]
     assert steps_of(out) == list(range(1, 31))
     found = read_outcome(out)
     assert found.first_step >= 5 and found.first_step % 5 == 0 and found.steps_done == 30
-    assert "going on after step" in logs
+    assert logs.count("going on after step") == 1, "each line is shown once"

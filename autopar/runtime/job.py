@@ -173,6 +173,11 @@ class TrainJob:
         """Where checkpoints of real training go."""
         return Path(self.out_dir) / CHECKPOINTS
 
+    @property
+    def status_folder(self) -> Path:
+        """Where ranks without a launcher report."""
+        return Path(self.out_dir) / "ranks"
+
     def measurement_file(self, plan: Plan) -> Path:
         """Where the measurement of a plan goes."""
         return Path(self.out_dir) / plan.slug / "measurement.json"

@@ -96,10 +96,13 @@ def run_node(
 
 
 def _pass_on(line: str, on_message: OnMessage | None) -> None:
+    """Show a line, or hand on the message in it; a ``log`` message has been shown as a line before."""
     if not line.startswith(MESSAGE_PREFIX):
         print(line, end="", file=sys.stderr, flush=True)
-    elif on_message is not None:
-        on_message(json.loads(line.removeprefix(MESSAGE_PREFIX)))
+        return
+    message = json.loads(line.removeprefix(MESSAGE_PREFIX))
+    if on_message is not None and message.get("event") != "log":
+        on_message(message)
 
 
 def run_rank(place: Place, module: str, arguments: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from autopar.errors import InputError, RunError
 from autopar.measurement import Measurement, read_measurement
+from autopar.runtime.diagnosis import explain_failure
 from autopar.runtime.identity import check_identity
 from autopar.runtime.job import TrainJob, check_job, write_job
 from autopar.runtime.launch import OnMessage, launch
@@ -17,6 +18,7 @@ from autopar.runtime.node_run import run_node, run_rank
 from autopar.runtime.nodes import Node
 from autopar.runtime.outcome import OUTCOME, Outcome, read_outcome
 from autopar.runtime.places import Place, Role
+from autopar.runtime.progress import FAILED, read_statuses
 
 WORKER = "autopar.runtime.train"
 
@@ -141,10 +143,16 @@ def run_training_part(
     if place.role is Role.RANK:
         run_rank(place, WORKER, [str(job_file(job))])
     else:
-        run_node(
-            place, WORKER, job_file(job), ranks_per_node=ranks_per_node, max_restarts=max_restarts,
-            interface=interface, on_message=on_message,
-        )  # fmt: skip
+        try:
+            run_node(
+                place, WORKER, job_file(job), ranks_per_node=ranks_per_node, max_restarts=max_restarts,
+                interface=interface, on_message=on_message,
+            )  # fmt: skip
+        except RunError as error:
+            statuses = read_statuses(job.status_folder, world_size)
+            if not any(status.state == FAILED for status in statuses.values()):
+                raise
+            raise RunError(f"{error}\n{explain_failure([], statuses, world_size, lambda rank: None).text}") from None
     return training_result(job) if place.leads else None
 
 

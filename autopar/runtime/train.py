@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the job in the file that ``arguments`` names."""
     with report_progress() as progress:
         job = read_job(arguments[0])
-        guard(progress, timeout_s=job.timeout_s, folder=Path(job.out_dir) / "ranks")
+        guard(progress, timeout_s=job.timeout_s, folder=job.status_folder)
         with joined(job.device, job.timeout_s) as device:
             if job.training is not None:
                 train(job, job.training, device, progress)
