@@ -207,8 +207,8 @@ def readme(seed: int, timeout_s: float, faults: Sequence[Sequence[Any]], runs: S
     same = sum(bool(run[4]) for run in runs)
     lines = [
         "# Faults", "",
-        f"{kills} kills and {len(faults) - kills} hangs at random steps and ranks of {len(runs)} training runs: "
-        f"{same} of {len(runs)} runs ended with the losses and gradient norms of the same run without faults, to the "
+        f"Kills: {kills}; hangs: {len(faults) - kills}; at random steps and ranks of {len(runs)} training runs. "
+        f"{same} of {len(runs)} ended with the losses and gradient norms of the same run without faults, to the "
         "last digit written (8).", "",
         f"Made by `python benchmarks/faults.py --seed {seed} --timeout {timeout_s:g}` on "
         f"{datetime.now(UTC).date()}, {platform.machine()}, {os.cpu_count()} cores shared with other work. "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -142,9 +143,7 @@ def _unequal(facts: Facts) -> list[Finding]:
     """Ranks whose software or device is not what most ranks have."""
     found = []
     names = dict.fromkeys(name for rank in facts.ranks for name in rank.versions)
-    looks: dict[str, Callable[[RankFacts], str]] = {
-        name: lambda rank, name=name: rank.versions.get(name, "none") for name in names
-    }
+    looks: dict[str, Callable[[RankFacts], str]] = {name: partial(_version, name) for name in names}
     looks["device"] = lambda rank: rank.device
     for name, look in looks.items():
         usual, _ = Counter(map(look, facts.ranks)).most_common(1)[0]
@@ -159,6 +158,10 @@ def _unequal(facts: Facts) -> list[Finding]:
             detail = f"{rank.interface} has an MTU of {rank.mtu}; the others have {mtus.most_common(1)[0][0]}"
             found.append(Finding(kind="interface", subject=_node(rank), detail=detail))
     return found
+
+
+def _version(name: str, rank: RankFacts) -> str:
+    return rank.versions.get(name, "none")
 
 
 def _nodes(facts: Facts, limits: Limits) -> list[Finding]:

@@ -12,14 +12,14 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from autopar.errors import RunError
 
 _POLL_S = 0.02
 
 
-def fresh_store(timeout_s: float) -> dist.Store | None:
+def fresh_store(timeout_s: float) -> Store | None:
     """A store whose keys only the ranks of this start have written; None where torchrun shares no store.
 
     Raises:
@@ -28,14 +28,14 @@ def fresh_store(timeout_s: float) -> dist.Store | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, False,
         timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
     )  # fmt: skip
-    return dist.PrefixStore(agree(store, rank, world_size, timeout_s), store)
+    return PrefixStore(agree(store, rank, world_size, timeout_s), store)
 
 
-def agree(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+def agree(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
     """A name that all live ranks get and no earlier ranks had, through a store with their keys still in it.
 
     Every rank announces itself under a name of its own. Rank 0 answers whom it finds, under that name, with the name
@@ -61,7 +61,7 @@ def agree(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> st
     return own
 
 
-def _wait(store: dist.Store, keys: list[str], deadline: float, otherwise: str) -> None:
+def _wait(store: Store, keys: list[str], deadline: float, otherwise: str) -> None:
     while not store.check(keys):
         if time.monotonic() > deadline:
             raise RunError(f"{otherwise} in time: it ended, or cannot be reached")
