@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
@@ -110,6 +112,18 @@ def ignore_in_ddp(module: nn.Module, names: Iterable[str]) -> None:
 def storage_of(tensor: Tensor) -> Hashable:
     """Stands for a tensor's storage; equal for views of the same, and of no other as long as it is held."""
     return StorageWeakRef(tensor.untyped_storage())
+
+
+def fake_store() -> dist.Store:
+    """The store of the ``fake`` process group, which communicates with nobody."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    return FakeStore()
+
+
+def shapes_alone() -> AbstractContextManager[Any]:
+    """Context in which tensors have no values."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def has_dropout(module: nn.Module) -> bool:

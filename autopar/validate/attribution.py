@@ -16,7 +16,7 @@ from autopar.errors import InputError
 from autopar.estimate import Estimate, Setting, timeline
 from autopar.estimate.timeline import stage_durations
 from autopar.estimate.traffic import expected_collectives
-from autopar.estimate.traffic_prices import DATA_LABELS, price_call
+from autopar.estimate.traffic.prices import DATA_LABELS, price_call
 from autopar.measured import (
     CollectiveSeconds,
     RankSeconds,
@@ -310,7 +310,8 @@ def verdict(found: Attribution) -> str:
         line = "step predicted as measured"
     shares = [(item.difference / found.measured_step_s, item.name) for item in found.named]
     guilty = [(share, name) for share, name in shares if share * error > 0 and abs(share) >= 0.005]
-    named, covered = [], 0.0
+    named: list[str] = []
+    covered = 0.0
     for share, name in guilty[:3]:
         if covered >= 0.9 * abs(error):
             break
