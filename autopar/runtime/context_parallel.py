@@ -145,7 +145,7 @@ def _kept_as_part(local: Tensor, gathered: Tensor, part: ContextPart) -> Abstrac
         if storage_of(tensor) != storage:
             return tensor
         pending += 1
-        return _View(size=tuple(tensor.shape), stride=tensor.stride(), offset=tensor.storage_offset())
+        return _View(size=tuple(tensor.shape), stride=tensor.stride(), offset=int(tensor.storage_offset()))
 
     def unpack(kept: Tensor | _View) -> Tensor:
         nonlocal pending, again

@@ -42,7 +42,7 @@ def row_order(widths: Sequence[int], ranks: int) -> Runs:
     )
 
 
-def put_rows(product: nn.Linear, order: Runs) -> None:
+def put_rows(product: nn.Module, order: Runs) -> None:
     """Put the rows of a product's weight and bias in an order, in place."""
     with torch.no_grad():
         for parameter in product.parameters(recurse=False):

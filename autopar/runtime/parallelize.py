@@ -27,7 +27,8 @@ from autopar.runtime.pipeline import LossFn, stages_of_rank
 from autopar.runtime.precision import in_fp32
 from autopar.runtime.recompute import recompute
 from autopar.runtime.support import check_supported
-from autopar.runtime.tensor_parallel import divide, resolve_plan
+from autopar.runtime.tensor_parallel import divide
+from autopar.runtime.tensor_styles import resolve_plan
 from autopar.runtime.tied import Tie, find_ties, join_ties, separate_copies
 from autopar.runtime.vocabulary import VOCAB
 
@@ -51,7 +52,7 @@ def parallelize(
     - ``pipeline_parts()``: names of the modules before, of, and after the blocks, called one after another. For
       pipelines, sequence parallelism and recomputation. An ``nn.Sequential`` needs none.
     - ``tensor_parallel_plan``: name pattern (``*`` is one path component) to style, see
-      ``autopar.runtime.tensor_parallel``. For tensor parallelism.
+      ``autopar.runtime.tensor_styles``. For tensor parallelism.
     - ``sequence_part``, of every submodule that encodes positions or attends: a ``SequencePart`` that it asks for both,
       see ``autopar.model.sequence``. For context parallelism, which puts this rank's part in its place; inputs and
       targets are then [batch, sequence, ...].

@@ -22,7 +22,7 @@ from autopar.plan import Plan, Recompute
 from autopar.runtime.parts import Parts
 from autopar.runtime.private import has_dropout
 from autopar.runtime.remake import Remaking
-from autopar.runtime.tensor_parallel import matches
+from autopar.runtime.tensor_styles import matches
 
 THROWN = ("layernorm", "moe_act")
 

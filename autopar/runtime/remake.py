@@ -113,10 +113,13 @@ class Remaker:
         run = self._runs.get(storage_of(local))
         if run is None:
             return tensor
-        placed = _like(tensor)
         return run.noted(
             _Result(
-                run=run, size=tuple(local.shape), stride=local.stride(), offset=local.storage_offset(), placed=placed
+                run=run,
+                size=tuple(local.shape),
+                stride=local.stride(),
+                offset=int(local.storage_offset()),
+                placed=_like(tensor),
             )
         )
 

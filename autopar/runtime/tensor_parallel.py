@@ -6,16 +6,7 @@ parallelism the stream between regions is divided along the sequence (dim 1): re
 result. What is not a column or row product then sees only a part of the tokens, or of the heads, and its gradients are
 summed over the tensor parallel ranks once per step (as Megatron-LM does for its norms). Whether a further module with
 weights inside a region sees a part (``inner``, between the products) or everything (``whole``) cannot be told from
-outside, so that the plan has to say it.
-
-Styles of a ``tensor_parallel_plan``:
-
-- ``colwise``, ``rowwise``: a Linear divided by output or by input features.
-- ``colwise-fused 64 32 32``: a Linear whose output features are several parts of such widths, one after another
-  (queries, keys, values). Every rank has its share of each; the module splits what it sees in proportion.
-- ``vocab``: a token embedding, or the Linear that makes the logits: divided along the vocabulary. The loss must then be
-  ``torch.nn.functional.cross_entropy`` of the logits, as they are or flattened to [tokens, vocabulary].
-- ``inner``, ``whole``: other modules with weights between or beside divided products, see above.
+outside, so that the plan has to say it (``autopar.runtime.tensor_styles``).
 """
 
 from __future__ import annotations
@@ -25,7 +16,6 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 import torch.distributed as dist
@@ -46,10 +36,8 @@ from autopar.runtime.context_parallel import SEQUENCE_DIM
 from autopar.runtime.fused import FUSED, fused_widths, put_rows, row_order
 from autopar.runtime.holdings import Runs
 from autopar.runtime.parts import Parts
+from autopar.runtime.tensor_styles import COLWISE, INNER, ROWWISE, WHOLE, kind_of, shared_names
 from autopar.runtime.vocabulary import VOCAB, scatter_positions, scatters_itself, vocabulary_styles
-
-COLWISE, ROWWISE, INNER, WHOLE = "colwise", "rowwise", "inner", "whole"
-STYLES = (COLWISE, ROWWISE, FUSED, VOCAB, INNER, WHOLE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,83 +61,6 @@ class _Region:
     single_input: bool
 
 
-def resolve_plan(module: nn.Module, declared: Mapping[str, str] | None, tp: int) -> dict[str, str]:
-    """Module names of a whole model to styles.
-
-    Args:
-        module: the whole model.
-        declared: name patterns (``*`` is one path component), or None for the module's own ``tensor_parallel_plan``.
-        tp: tensor parallel ranks.
-
-    Raises:
-        PlanError: nothing is declared, a pattern matches nothing, a product is not a Linear that tp divides, or
-            modules that share a weight have unlike styles.
-    """
-    patterns = declared if declared is not None else getattr(module, "tensor_parallel_plan", None)
-    if not patterns:
-        raise PlanError(
-            f"tp={tp} needs to know which products to divide: pass tensor_parallel_plan={{'blocks.*.mlp.up': "
-            "'colwise', 'blocks.*.mlp.down': 'rowwise', ...} or declare it on the module, or use tp=1"
-        )
-    found: dict[str, str] = {}
-    for pattern, style in patterns.items():
-        if _kind(style) not in STYLES:
-            raise PlanError(f"tensor_parallel_plan: '{pattern}' is '{style}'; it is one of {', '.join(STYLES)}")
-        matching = [(name, child) for name, child in module.named_modules() if matches(name, pattern)]
-        if not matching:
-            raise PlanError(f"tensor_parallel_plan: the model has no module named '{pattern}'")
-        for name, child in matching:
-            found[name] = style
-            if _kind(style) not in (INNER, WHOLE):
-                _check_product(name, style, child, tp)
-    _check_shared(module, found)
-    return found
-
-
-def _kind(style: str) -> str:
-    return style.partition(" ")[0]
-
-
-def _check_product(name: str, style: str, module: nn.Module, tp: int) -> None:
-    if style == VOCAB and isinstance(module, nn.Embedding):
-        return
-    if not isinstance(module, nn.Linear):
-        raise PlanError(f"tensor_parallel_plan: '{name}' is a {type(module).__name__}; only Linear can be divided")
-    if style == VOCAB:
-        return
-    size = module.in_features if style == ROWWISE else module.out_features
-    parts = fused_widths(style) or (size,)
-    if sum(parts) != size:
-        raise PlanError(f"tensor_parallel_plan: '{style}' adds up to {sum(parts)} of the {size} features of '{name}'")
-    for part in parts:
-        if part % tp:
-            raise PlanError(f"tensor_parallel_plan: tp={tp} does not divide the {part} features of '{name}'")
-
-
-def _check_shared(module: nn.Module, styles: Mapping[str, str]) -> None:
-    for names in _shared(module):
-        found = {styles.get(name.rpartition(".")[0]) for name in names}
-        if len(found) > 1:
-            raise PlanError(
-                f"tensor_parallel_plan: {' and '.join(names)} are one parameter, but divided unlike: declare both "
-                "modules alike, for example as 'vocab'"
-            )
-
-
-def _shared(module: nn.Module) -> list[list[str]]:
-    """Names of each parameter that has several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [several for several in names.values() if len(several) > 1]
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a module's name fits a pattern, in which ``*`` is one path component or a part of one."""
-    parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
-
-
 def divide(
     chain: nn.Module, mesh: DeviceMesh, products: Mapping[str, str], parts: Parts, *, sequence_parallel: bool
 ) -> Divided:
@@ -168,12 +79,12 @@ def divide(
     names = {name for name, _ in chain.named_modules()}
     local = {name: style for name, style in products.items() if name in names}
     vocabulary = [name for name, style in local.items() if style == VOCAB]
-    regions, shared = _regions(chain, local), _shared(chain)
+    regions, shared = _regions(chain, local), shared_names(chain)
     stream = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
     styles: dict[str, ParallelStyle] = {
         name: RowwiseParallel(output_layouts=stream) if style == ROWWISE else ColwiseParallel()
         for name, style in local.items()
-        if _kind(style) in (COLWISE, FUSED, ROWWISE)
+        if kind_of(style) in (COLWISE, FUSED, ROWWISE)
     }
     streams: dict[str, Placement] = {}
     if sequence_parallel:
@@ -198,7 +109,7 @@ def divide(
 def _put_rows(chain: nn.Module, products: Mapping[str, str], tp: int) -> dict[str, Runs]:
     rows: dict[str, Runs] = {}
     for name, style in products.items():
-        if _kind(style) == FUSED:
+        if kind_of(style) == FUSED:
             product, order = chain.get_submodule(name), row_order(fused_widths(style), tp)
             put_rows(product, order)
             rows |= {f"{name}.{parameter}": order for parameter, _ in product.named_parameters()}
@@ -217,9 +128,9 @@ def _regions(chain: nn.Module, products: Mapping[str, str]) -> tuple[_Region, ..
     found: dict[str, _Region] = {}
     for name, style in products.items():
         region, rows = name.rpartition(".")[0], [n for n, s in products.items() if s == ROWWISE]
-        while _kind(style) in (COLWISE, FUSED) and region and not any(row.startswith(f"{region}.") for row in rows):
+        while kind_of(style) in (COLWISE, FUSED) and region and not any(row.startswith(f"{region}.") for row in rows):
             region = region.rpartition(".")[0]
-        if _kind(style) in (COLWISE, FUSED) and region not in found:
+        if kind_of(style) in (COLWISE, FUSED) and region not in found:
             forward = inspect.signature(chain.get_submodule(region).forward)
             direct = name.rpartition(".")[0] == region
             single_input = bool(region) and direct and len(forward.parameters) == 1
@@ -247,7 +158,8 @@ def _stream_ends(
     """
     names = {name for name, _ in chain.named_modules()}
     styles: dict[str, ParallelStyle] = {}
-    divided, streams = Shard(SEQUENCE_DIM), {}
+    divided: Placement = Shard(SEQUENCE_DIM)
+    streams: dict[str, Placement] = {}
     if parts.first[-1] in names:
         embeddings = [name for name in vocabulary if isinstance(chain.get_submodule(name), nn.Embedding)]
         if scatters_itself(chain, parts.first[-1], embeddings):
@@ -257,7 +169,7 @@ def _stream_ends(
                 output_layouts=Replicate(), desired_output_layouts=divided, use_local_output=True
             )
     gathering = next((name for name in parts.last if name in names and not _is_norm(chain, name)), None)
-    if gathering in vocabulary:
+    if gathering is not None and gathering in vocabulary:
         streams[gathering] = divided
     elif gathering is not None:
         styles[gathering] = PrepareModuleInput(

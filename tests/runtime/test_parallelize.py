@@ -19,7 +19,7 @@ from autopar.plan import parse_slug
 from autopar.runtime.launch import launch
 from autopar.runtime.nodes import Node
 from autopar.runtime.parts import Chain, boundaries, find_parts, skeleton
-from autopar.runtime.tensor_parallel import resolve_plan
+from autopar.runtime.tensor_styles import resolve_plan
 
 SPEC = ModelSpec(
     name="t", num_layers=3, hidden_size=16, num_heads=2, num_kv_heads=2, ffn_size=32, vocab_size=20, max_seq_len=8,
