@@ -26,7 +26,7 @@ from autopar.runtime.parts import boundaries
 from autopar.runtime.pipeline import LossFn, Observer, Unobserved, build_schedule, observed, rank_of
 from autopar.runtime.precision import casting_once, narrowed, plain_name
 from autopar.runtime.support import sequence_divisor
-from autopar.runtime.tensor_parallel import local_tensor, reduce_partial, set_aside
+from autopar.runtime.tensor_parallel import local_tensor, place_gradients, reduce_partial, set_aside
 from autopar.runtime.tied import Tied, sum_tied
 from autopar.runtime.vocabulary import loss_context
 
@@ -124,6 +124,7 @@ class ParallelModel:
         with set_aside(list(dict.fromkeys([*partial, *experts, *tied]))):
             with casting_once(self.compute_dtype), self.loss_context():
                 loss = step(inputs, targets)
+            place_gradients(self.parameters())
             if partial:
                 mesh = submesh(self.mesh, "tp")
                 assert mesh is not None

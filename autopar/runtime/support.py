@@ -10,11 +10,8 @@ import math
 
 from autopar.errors import PlanError
 from autopar.model.spec import ModelSpec
-from autopar.plan import Plan, Recompute, Rejected, ScheduleName, fewest_microbatches
+from autopar.plan import Plan, Rejected, ScheduleName, fewest_microbatches
 from autopar.workload import Precision, Workload
-
-SPLIT_BACKWARD = (ScheduleName.ZB_H1, ScheduleName.ZB_H2, ScheduleName.ZB_V, ScheduleName.DUALPIPE_V)
-"""Schedules that take gradients of inputs and of weights apart."""
 
 RECOMPUTED = ("core_attn", "mlp", "layernorm", "moe_act", "moe")
 """Parts of a block that selective recomputation covers."""
@@ -83,14 +80,6 @@ def _unsupported_layout(plan: Plan) -> list[Rejected]:
                 "recompute",
                 f"recomputation of {', '.join(unknown)} alone is not supported: use {', '.join(RECOMPUTED)}, none or "
                 "full",
-            )
-        )
-    if plan.recompute is Recompute.SELECTIVE and layout.pp > 1 and plan.schedule in SPLIT_BACKWARD:
-        found.append(
-            _reject(
-                "recompute",
-                f"the {plan.schedule} schedule goes through a block's backward twice, which PyTorch's selective "
-                "recomputation refuses: use recompute none or full, or sched-1f1b",
             )
         )
     if plan.sequence_parallel and layout.tp == 1:
