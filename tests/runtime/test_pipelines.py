@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from autopar.errors import PlanError
 from autopar.measurement import Measurement
 from autopar.model.spec import ModelSpec
-from autopar.plan import parse_slug
+from autopar.model.transformer import build
+from autopar.plan import V_SCHEDULES, parse_slug
+from autopar.runtime.counting import EMBEDDING_AXIS
 from autopar.runtime.job import INSPECTED_STEPS, LEAST_WARMUP, TrainJob
 from autopar.runtime.nodes import local_node
+from autopar.runtime.parts import find_parts
 from autopar.runtime.run import run_plans
+from autopar.runtime.support import unsupported
 from autopar.schedule.actions import build_schedule
 from autopar.workload import Optimizer, Precision, Workload
 from tests.runtime.test_layouts import difference, one_process
@@ -97,3 +103,38 @@ def test_what_runs_is_the_schedule_that_is_priced(
     for rank, measured in enumerate(runs(ranks)[slug].ranks):
         actions = [span.name for span in measured.spans if span.phase in ("forward", "backward")]
         assert actions == [str(action) for action in schedule[plan.layout.coordinates(rank)["pp"]]]
+
+
+TIED = dataclasses.replace(MODEL, name="tied-gpt", tied_embeddings=True)
+TIED_PLANS = ("dp2.pp2.mb4", "dp2.pp2.vp2.z3.mb4.sched-zb-v", "tp2.pp2.mb8.sp", "pp4.mb4.sched-zb-h1.ac-selective")
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    """Embedding and head share their weight over a pipeline: gradients of both copies are summed once per step."""
+    expected = one_process(TIED, optimizer=Optimizer.SGD, rate=RATE, steps=STEPS)
+    rows = (TIED.vocab_size, TIED.hidden_size)
+    wrong = one_process(
+        TIED, optimizer=Optimizer.SGD, rate=RATE, steps=STEPS, change=lambda grad: grad / (1 + (grad.shape == rows))
+    )
+    assert difference(wrong, expected) > 10 * TOLERANCE
+    weight = 4 * TIED.vocab_size * TIED.hidden_size
+    for slug, measured in run(tmp_path, 4, TIED_PLANS, TIED).items():
+        assert difference(measured.losses, expected) < TOLERANCE, slug
+        plan = parse_slug(slug)
+        one_rank = plan.schedule in V_SCHEDULES
+        for rank, found in enumerate(measured.ranks):
+            ends = plan.layout.coordinates(rank)["pp"] in (0, plan.layout.pp - 1) and not one_rank
+            sums = {(c.kind, c.count, c.num_bytes) for c in found.collectives if c.axis == EMBEDDING_AXIS}
+            assert sums == ({("all_reduce", 1, weight // plan.layout.tp)} if ends else set()), slug
+
+
+def test_what_is_refused_cannot_run() -> None:
+    """Pipelines that are refused have no schedule, or a stage without anything to do."""
+    for slug, microbatches in (("pp4.vp2.mb1.sched-dualpipe-v", 7), ("pp4.vp4.mb1", 4), ("pp4.mb1.split-1-1-1-1", 4)):
+        plan = parse_slug(slug)
+        assert unsupported(plan, MODEL, microbatches), slug
+        with pytest.raises(PlanError):
+            find_parts(build(MODEL)).stages(plan)
+            build_schedule(plan.schedule, plan.layout.pp, microbatches, plan.layout.vp)
+    for slugs in PLANS.values():
+        assert not [slug for slug in slugs if unsupported(parse_slug(slug), MODEL, 16)]
