@@ -216,6 +216,16 @@ def _within(name: str, prefix: str) -> bool:
     return not prefix or name.startswith(f"{prefix}.")
 
 
+def place_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Divide gradients as their parameters are: that of an embedding divided along the vocabulary comes whole."""
+    for parameter in parameters:
+        gradient = parameter.grad
+        if not isinstance(parameter, DTensor) or not isinstance(gradient, DTensor):
+            continue
+        if gradient.placements != parameter.placements:
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
 def reduce_partial(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
     """Sum partial gradients over the tensor parallel ranks, all in one all-reduce per type."""
     grads = [local_tensor(p.grad) for p in parameters if p.grad is not None]

@@ -22,6 +22,7 @@ FOUR = (
     "dp4.mb1", "dp4.z3.rep2.mb1", "dp2.tp2.mb2", "dp2.tp2.z3.sp.mb2", "tp2.pp2.mb2", "dp2.pp2.vp2.z2.mb1.sched-zb-v",
 )  # fmt: skip
 EXPERTS = ("experts@dp4.ep2.z3.mb1", "experts@dp2.tp2.sp.ep2.mb2", "experts@dp2.pp2.ep2.z2.mb1")
+TIED = ("tied@dp2.tp2.z1.mb2", "tied@tp2.pp2.vp2.mb2.sched-zb-v")
 TOLERANCE = 1e-5
 Action = tuple[str, ...]
 
@@ -76,15 +77,20 @@ def test_any_plan_reads_what_any_other_wrote(act: Callable[[int, list[Action]], 
     assert "was trained with AdamW, but this run uses SGD" in failing[4]
     assert len(torn) == 1 and "rank-00001.safetensors was altered" in torn[0]
 
-    four: list[Action] = [("survives", "dp4.z3.rep2.mb1"), *(("write", slug) for slug in FOUR + EXPERTS)]
-    four += carried(circle(FOUR, rng)) + carried(circle(EXPERTS, rng))
+    four: list[Action] = [("survives", "dp4.z3.rep2.mb1"), *(("write", slug) for slug in FOUR + EXPERTS + TIED)]
+    four += carried(circle(FOUR, rng)) + carried(circle(EXPERTS, rng)) + carried(circle(TIED, rng))
     four += [("carry", *pair) for pair in zip(rng.sample(TWO, 3), rng.sample(FOUR, 3), strict=True)]
     survived, *more = act(4, four)
     # The rank that was left may still have cleaned up before it was ended.
     assert "step-00000002" in survived["left"] and "step-00000003" not in survived["left"], survived
     messages += more
 
-    one: list[Action] = [("write", "mb4"), ("write", "experts@mb4"), ("carry", EXPERTS[1], "experts@mb8")]
+    one: list[Action] = [
+        ("write", "mb4"),
+        ("write", "experts@mb4"),
+        ("write", "tied@mb4"),
+        ("carry", EXPERTS[1], "experts@mb8"),
+    ]
     one += [("carry", source, "mb8.ac-full") for source in (*rng.sample(TWO, 2), *rng.sample(FOUR, 2))]
     messages += act(1, one)
     assert all("error" not in message for message in messages), messages
@@ -92,5 +98,6 @@ def test_any_plan_reads_what_any_other_wrote(act: Callable[[int, list[Action]], 
     assert len(losses) == sum(action[0] in ("write", "carry", "back", "async") for action in two + four + one)
     for plan, found in losses.items():
         if not plan.startswith("async"):
-            reference = losses["experts@mb4" if plan.startswith("experts") else "mb4"]
+            model = plan.partition("@")[0] + "@" if "@" in plan else ""
+            reference = losses[f"{model}mb4"]
             assert max(abs(a - b) for a, b in zip(found, reference, strict=True)) < TOLERANCE, plan

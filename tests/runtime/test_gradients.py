@@ -40,6 +40,7 @@ TOLERANCE = {FP32: {"loss": 1e-5, "norm": 1e-5, "gradient": 1e-6}, BF16: {"loss"
 CASES = [
     ("dense", "dp4.mb2", FP32), ("dense", "dp2.tp2.sp.mb2", FP32), ("dense", "dp4.z3.rep2.mb1", FP32),
     ("dense", "dp2.tp2.z2.sp.mb4", FP32), ("dense", "pp2.tp2.sp.mb2", FP32), ("dense", "pp2.dp2.vp2.z1.mb2", FP32),
+    ("dense", "tp2.pp2.mb2", FP32), ("tied", "tp2.pp2.vp2.mb2.sched-zb-v", FP32),
     ("tied", "dp2.tp2.z1.mb4", FP32), ("dense", "cp2.dp2.z3.mb2", FP32), ("experts", "dp4.ep2.mb2", FP32),
     ("dense", "dp4.mb2", BF16), ("dense", "dp2.tp2.sp.mb2", BF16), ("dense", "dp4.z3.rep2.mb1", BF16),
     ("dense", "pp2.tp2.sp.mb2", BF16), ("dense", "pp2.dp2.z2.mb1", BF16), ("dense", "pp2.dp2.mb1.ac-full", BF16),

@@ -37,6 +37,10 @@ SPEC = ModelSpec(
     max_seq_len=5, fused_qkv=False,
 )  # fmt: skip
 EXPERTS = dataclasses.replace(SPEC, name="experts", num_experts=6, top_k=2, expert_ffn_size=22)
+TIED = dataclasses.replace(
+    SPEC, name="tied", hidden_size=40, num_kv_heads=2, vocab_size=52, fused_qkv=True, tied_embeddings=True
+)
+MODELS = {"experts": EXPERTS, "tied": TIED}
 BATCH, SEQ, BEFORE, AFTER = 8, 4, 2, 2
 Made = tuple[ParallelModel, torch.optim.Optimizer]
 
@@ -44,10 +48,10 @@ Made = tuple[ParallelModel, torch.optim.Optimizer]
 def make(slug: str, seed: int = 0, spec: ModelSpec = SPEC) -> Made:
     """A model under a plan with its optimizer.
 
-    ``+zero`` behind the slug takes torch's own ZeRO-1 optimizer, ``experts@`` before it the model with experts.
+    ``+zero`` behind the slug takes torch's own ZeRO-1 optimizer, ``experts@`` before it another model.
     """
-    plan = parse_slug(slug.removesuffix("+zero").removeprefix("experts@"))
-    spec = EXPERTS if slug.startswith("experts@") else spec
+    plan, name = parse_slug(slug.removesuffix("+zero").rpartition("@")[2]), slug.rpartition("@")[0]
+    spec = MODELS.get(name, spec)
     model = autopar.parallelize(
         build(spec, seed), plan, loss_fn=language_model_loss, device="cpu",
         num_microbatches=BATCH // plan.layout.dp // plan.microbatch_size,
