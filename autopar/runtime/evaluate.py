@@ -16,16 +16,16 @@ from autopar.runtime.precision import casting_once, narrowed
 
 
 @torch.no_grad()
-def evaluate(model: ParallelModel, batches: Iterable[Tensor]) -> float:
+def evaluate(model: ParallelModel, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Mean loss over batches, the same on every rank.
 
     Args:
         model: under any plan.
-        batches: this data parallel rank's shares, int64 [local batch, seq_len + 1], on its device; as many on every
-            rank, and each as large as a training step's share.
+        batches: inputs and targets of this data parallel rank's shares, each [local batch, seq_len] on its device; as
+            many on every rank, and each as large as a training step's share.
     """
     with _evaluating(model), casting_once(model.compute_dtype), model.loss_context():
-        losses = [forward_loss(model, batch[:, :-1], batch[:, 1:]) for batch in batches]
+        losses = [forward_loss(model, inputs, targets) for inputs, targets in batches]
     mean = torch.stack(losses).mean()
     # Every rank of a pipeline and tensor parallel group has the same loss: the mean of all is that over the data.
     dist.all_reduce(mean)

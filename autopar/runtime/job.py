@@ -211,6 +211,11 @@ def check_job(job: TrainJob, world_size: int) -> None:
 
 def _check_text(job: TrainJob) -> None:
     model, vocab_size = job.model, job.data.vocab_size
+    if not model.causal and model.vocab_size == vocab_size:
+        raise InputError(
+            f"model {model.name} learns masked tokens, and its last one is the mask: vocab_size is at least "
+            f"{vocab_size + 1}, not {vocab_size}"
+        )
     if model.vocab_size < vocab_size:
         what = f"tokens of {job.data.tokens} are" if job.data.tokens else "text is bytes, so they are"
         raise InputError(
@@ -266,7 +271,7 @@ def _check_plan(plan: Plan, job: TrainJob, world_size: int) -> None:
             f"plan {plan.slug}: cp={layout.cp}, tp={layout.tp} do not divide a sequence of {workload.seq_len} tokens: "
             f"use a multiple of {parts}"
         )
-    check_supported(plan, job.model, plan.num_microbatches(workload))
+    check_supported(plan, job.model, plan.num_microbatches(workload), job.source)
 
 
 def read_job(path: str | Path) -> TrainJob:

@@ -74,7 +74,9 @@ def parallelize(
         PlanError: the plan does not fit the ranks, the module or this executor; the message says what to use.
     """
     spec = getattr(module, "spec", None)
-    check_supported(plan, spec if isinstance(spec, ModelSpec) else None, num_microbatches)
+    check_supported(
+        plan, spec if isinstance(spec, ModelSpec) else None, num_microbatches, getattr(module, "source", "")
+    )
     device = torch.device(device) if device is not None else default_device()
     if mesh is None:
         mesh = build_mesh(plan.layout, device.type)

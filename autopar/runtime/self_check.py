@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.errors import RunError
-from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan
 from autopar.runtime.job import TrainJob
 from autopar.runtime.miniature import miniature
+from autopar.runtime.model_source import build_module, objective_of
+from autopar.runtime.objective import Objective
 from autopar.runtime.optimizer import decay_groups
 from autopar.runtime.pipeline import Unobserved
 from autopar.runtime.trainer import build_trainer
@@ -105,24 +106,33 @@ def _checked_job(job: TrainJob, plan: Plan, device: torch.device) -> tuple[Train
     flops = 6.0 * parameters * workload.tokens * STEPS
     if flops <= MOST_FLOPS[device.type] and parameters * BYTES_PER_PARAMETER <= MOST_BYTES[device.type]:
         return whole, ""
-    spec, workload, small_plan = miniature(job.model, workload, plan)
+    # A class of a configuration cannot be made smaller: the plan is then tried on the project's own module.
+    model = dataclasses.replace(job.model, qk_norm=False) if job.source else job.model
+    spec, workload, small_plan = miniature(model, workload, plan)
     what = (
         f"{spec.num_layers} blocks of width {spec.hidden_size}, {workload.global_batch} sequences of "
         f"{workload.seq_len} tokens"
     )
-    return dataclasses.replace(whole, model=spec, workload=workload, plans=(small_plan,)), what
+    return dataclasses.replace(whole, model=spec, source="", workload=workload, plans=(small_plan,)), what
 
 
 def _num_parameters(job: TrainJob) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build(job.model).parameters())
+        module = build_module(job.model, job.source, job.seed)
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _batch(job: TrainJob, step: int) -> Tensor:
-    """Tokens by chance: int64 [global batch, seq_len + 1], the same on every rank."""
+    """Samples of tokens by chance: int64 [global batch, seq_len + 1], the same on every rank."""
     generator = torch.Generator().manual_seed(job.seed * STEPS + step)
     size = (job.workload.global_batch, job.workload.seq_len + 1)
-    return torch.randint(0, job.model.vocab_size, size, generator=generator)
+    # The last token of an encoder is the mask.
+    tokens = torch.randint(0, job.model.vocab_size - (not job.model.causal), size, generator=generator)
+    return torch.from_numpy(_objective(job).rows(lambda start, count: tokens.numpy())(step * size[0], size[0]))
+
+
+def _objective(job: TrainJob) -> Objective:
+    return objective_of(job.model, seq_len=job.workload.seq_len, seed=job.seed)
 
 
 def _under_plan(job: TrainJob, plan: Plan, device: torch.device, mesh: DeviceMesh | None) -> Tensor:
@@ -144,14 +154,15 @@ def _under_plan(job: TrainJob, plan: Plan, device: torch.device, mesh: DeviceMes
 
 def _in_one_process(job: TrainJob, device: torch.device, chunk: int, tick: Callable[[str], None]) -> Tensor:
     """The same by plain torch, ``chunk`` sequences at a time."""
-    module = build(job.model, job.seed).to(device).eval()
+    module, objective = build_module(job.model, job.source, job.seed).to(device).eval(), _objective(job)
     update = _plain_optimizer(job, module)
     found = []
     for step in range(STEPS):
         tokens = _batch(job, step).to(device)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for part in tokens.split(chunk):
-            loss = language_model_loss(module(part[:, :-1]), part[:, 1:]) * (len(part) / len(tokens))
+            inputs, targets = objective.split(part)
+            loss = objective.loss(module(inputs), targets) * (len(part) / len(tokens))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
             tick("self-check in one process")

@@ -11,13 +11,16 @@ import math
 from autopar.errors import PlanError
 from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, Rejected, ScheduleName, fewest_microbatches
+from autopar.runtime.sources import unsupported_source
 from autopar.workload import Precision, Workload
 
 RECOMPUTED = ("core_attn", "mlp", "layernorm", "moe_act", "moe")
 """Parts of a block that selective recomputation covers."""
 
 
-def unsupported(plan: Plan, spec: ModelSpec | None = None, num_microbatches: int | None = None) -> tuple[Rejected, ...]:
+def unsupported(
+    plan: Plan, spec: ModelSpec | None = None, num_microbatches: int | None = None, source: str = ""
+) -> tuple[Rejected, ...]:
     """Every reason why this executor cannot run a plan, each with what to use instead; empty if it can.
 
     Args:
@@ -25,18 +28,25 @@ def unsupported(plan: Plan, spec: ModelSpec | None = None, num_microbatches: int
         spec: numbers of the model; None for a module without them, whose own limits are then found while it is
             divided.
         num_microbatches: forward passes per step and data parallel rank; None leaves out what depends on it.
+        source: of the module, see ``autopar.runtime.sources``.
+
+    Raises:
+        InputError: the source names a class that is not supported.
     """
-    found = _unsupported_layout(plan)
+    found = _unsupported_layout(plan) + unsupported_source(plan, source)
     if spec is not None:
+        found += [] if source else _unsupported_module(plan, spec)
         found += _unsupported_model(plan, spec)
     if num_microbatches is not None:
         found += _unsupported_microbatches(plan, num_microbatches)
     return tuple(found)
 
 
-def check_supported(plan: Plan, spec: ModelSpec | None = None, num_microbatches: int | None = None) -> None:
+def check_supported(
+    plan: Plan, spec: ModelSpec | None = None, num_microbatches: int | None = None, source: str = ""
+) -> None:
     """Raise PlanError with every reason of ``unsupported``."""
-    found = unsupported(plan, spec, num_microbatches)
+    found = unsupported(plan, spec, num_microbatches, source)
     if found:
         raise PlanError(f"plan {plan.slug} cannot be run here: " + "; ".join(reason.detail for reason in found))
 
@@ -87,12 +97,18 @@ def _unsupported_layout(plan: Plan) -> list[Rejected]:
     return found
 
 
-def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
-    layout, found = plan.layout, []
+def _unsupported_module(plan: Plan, spec: ModelSpec) -> list[Rejected]:
+    """Limits of the project's own transformer."""
+    found = []
     if spec.unbuilt:
         fields = ", ".join(spec.unbuilt)
         found.append(_reject("model", f"models with {fields} are not supported: use one without"))
-    found += _unsupported_experts(plan, spec)
+    return found + _unsupported_experts(plan, spec)
+
+
+def _unsupported_model(plan: Plan, spec: ModelSpec) -> list[Rejected]:
+    """Limits of any module of these numbers."""
+    layout, found = plan.layout, list[Rejected]()
     if spec.tied_embeddings and layout.pp == 1 and layout.tp > 1 and plan.zero_stage == 0 and layout.dp * layout.cp > 1:
         found.append(
             _reject(

@@ -63,6 +63,7 @@ def _measure(
     progress.update(plan=plan.slug, step=0, doing="building")
     announce({"event": "plan_begin", "slug": plan.slug, **place})
     trainer = build_trainer(job, plan, device, mesh, Ticks(progress))
+    samples = trainer.objective.rows(rows)
     batch, size = job.workload.global_batch, job.workload.global_batch // plan.layout.dp
     offset = plan.layout.data_share(dist.get_rank()) * size
 
@@ -74,7 +75,7 @@ def _measure(
         )  # fmt: skip
 
     def batch_of(step: int) -> Tensor:
-        return torch.from_numpy(rows(step * batch + offset, size)).to(device)
+        return torch.from_numpy(samples(step * batch + offset, size)).to(device)
 
     found = measure(trainer, batch_of, begin)
     if dist.get_rank() == 0:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan
 from autopar.runtime.bad_numbers import check_numbers
 from autopar.runtime.job import TrainJob
 from autopar.runtime.memory import local_bytes
+from autopar.runtime.model_source import build_module, objective_of
+from autopar.runtime.objective import Objective
 from autopar.runtime.optimizer import AdamWOptions, build_optimizer
 from autopar.runtime.parallel_model import ParallelModel
 from autopar.runtime.parallelize import parallelize
@@ -46,6 +47,7 @@ class Trainer:
     """A model under a plan with its optimizer.
 
     Attributes:
+        objective: what the model learns, which says how samples become inputs and targets.
         next_step: index of the step to come.
     """
 
@@ -53,6 +55,7 @@ class Trainer:
     plan: Plan
     model: ParallelModel
     optimizer: torch.optim.Optimizer
+    objective: Objective
     next_step: int = 0
 
     def step(
@@ -70,7 +73,7 @@ class Trainer:
         """
         if observer is not None:
             self.model.observer, usual = observer, self.model.observer
-        inputs, targets = batch[:, :-1], batch[:, 1:]
+        inputs, targets = self.objective.split(batch)
         loss = self.model.train_step(inputs, targets)
         if on_gradients is not None:
             on_gradients()
@@ -121,10 +124,11 @@ def build_trainer(
     job: TrainJob, plan: Plan, device: torch.device, mesh: DeviceMesh | None, observer: Observer
 ) -> Trainer:
     """Build the model from its seed, divide it by the plan, and make its optimizer."""
+    objective = objective_of(job.model, seq_len=job.workload.seq_len, seed=job.seed)
     model = parallelize(
-        build(job.model, job.seed),
+        build_module(job.model, job.source, job.seed),
         plan,
-        loss_fn=language_model_loss,
+        loss_fn=objective.loss,
         num_microbatches=plan.num_microbatches(job.workload),
         device=device,
         mesh=mesh,
@@ -135,4 +139,4 @@ def build_trainer(
         model, job.workload.optimizer, learning_rate=job.learning_rate,
         adamw=AdamWOptions(betas=job.betas, weight_decay=job.weight_decay),
     )  # fmt: skip
-    return Trainer(job=job, plan=plan, model=model, optimizer=optimizer)
+    return Trainer(job=job, plan=plan, model=model, optimizer=optimizer, objective=objective)

@@ -93,7 +93,7 @@ def train(job: TrainJob, training: Training, device: torch.device, progress: Pro
 def _feed(trainer: Trainer, samples: Samples, next_sample: int) -> Feed:
     layout = trainer.plan.layout
     return Feed(
-        samples.rows, first_sample=next_sample, global_batch=trainer.job.workload.global_batch,
+        trainer.objective.rows(samples.rows), first_sample=next_sample, global_batch=trainer.job.workload.global_batch,
         share=layout.data_share(dist.get_rank()), num_shares=layout.dp, device=trainer.model.device,
     )  # fmt: skip
 
@@ -101,10 +101,10 @@ def _feed(trainer: Trainer, samples: Samples, next_sample: int) -> Feed:
 def _validate(trainer: Trainer, held_out: Samples, evaluation: Evaluation, progress: Progress) -> float:
     with _feed(trainer, held_out, 0) as feed:
 
-        def batches() -> Iterator[Tensor]:
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for number in range(evaluation.batches):
                 progress.tick(f"evaluation {number}")
-                yield feed.take()
+                yield trainer.objective.split(feed.take())
 
         return evaluate(trainer.model, batches())
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 import torch.distributed as dist
+from gradient_checks import worst_gradient
 from test_experts import BATCH, CAPACITY, DROPLESS, PLANS, SEQ, TOKENS_BYTES, rows_of
 from torch import Tensor
 
@@ -53,25 +53,6 @@ def step(model: ParallelModel) -> Tensor:
     share, size = place["dp_replicate"] * layout.dp_shard + place["dp_shard"], BATCH // layout.dp
     tokens = batch()[share * size : (share + 1) * size]
     return model.train_step(tokens[:, :-1], tokens[:, 1:])
-
-
-def worst_gradient(model: ParallelModel, whole: dict[str, Tensor]) -> float:
-    """The largest difference of this rank's gradients from those of one process, relative to the largest of each."""
-    worst = 0.0
-    for (name, parameter), holding in zip(model.named_parameters(), model.holdings, strict=True):
-        expected = whole[holding.name]
-        assert parameter.grad is not None or not holding.pieces, name
-        for piece in holding.pieces:
-            part = local_tensor(parameter.grad)[cut(piece.local, piece.shape)]
-            difference = (part - expected[cut(piece.offset, piece.shape)]).abs().max() / expected.abs().max()
-            worst = max(worst, difference.item())
-        held = sum(math.prod(piece.shape) for piece in holding.pieces)
-        assert held == local_tensor(parameter).numel(), name
-    return worst
-
-
-def cut(offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def check(spec: ModelSpec, slug: str, whole: dict[str, Tensor], loss: float) -> None:
