@@ -255,14 +255,6 @@ def set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             local_tensor(parameter.grad).add_(local_tensor(gradient))
 
 
-def place_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Place gradients as their weights: every rank computes that of a divided embedding whole, and keeps its rows."""
-    for parameter in parameters:
-        gradient = parameter.grad
-        if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
-            parameter.grad = gradient.redistribute(placements=parameter.placements)
-
-
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; other tensors as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
