@@ -323,8 +323,7 @@ def run_layouts(
 
 
 def _plan_file(spec: ModelSpec, workload: Workload, best: Estimate) -> PlanFile:
-    predicted = {"step_s": best.step_s, "memory_gib": best.memory_gib, "mfu": best.mfu}
-    return PlanFile(slug=best.plan.slug, model=spec, workload=workload, plan=best.plan, predicted=predicted)
+    return PlanFile(slug=best.plan.slug, model=spec, workload=workload, plan=best.plan, predicted=best.headline)
 
 
 def _check_capture(captured: OpGraph, built: OpGraph, say: Say) -> None:

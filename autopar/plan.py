@@ -25,6 +25,7 @@ from autopar.workload import Workload
 from costmodels.records import read_record, write_record
 
 PLAN_SCHEMA = 1
+MEMORY_ITEM = "memory/"
 
 Member = TypeVar("Member", bound=StrEnum)
 
@@ -386,7 +387,8 @@ class PlanFile:
 
     Attributes:
         slug: of the plan, for readers.
-        predicted: what the planner expected, by name (``step_s``, ``memory_gib``, ...).
+        predicted: what the planner expected, by name (``step_s``, ``memory_gib``, ...; ``memory/parameters`` and so on
+            are the bytes of an item on the fullest rank).
     """
 
     slug: str
@@ -394,6 +396,12 @@ class PlanFile:
     workload: Workload
     plan: Plan
     predicted: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def predicted_memory(self) -> dict[str, float]:
+        """Bytes by item of the fullest rank; empty if nobody predicted."""
+        found = self.predicted.items()
+        return {name.removeprefix(MEMORY_ITEM): value for name, value in found if name.startswith(MEMORY_ITEM)}
 
 
 def read_plan_file(path: str | Path) -> PlanFile:

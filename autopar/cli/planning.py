@@ -130,7 +130,7 @@ def _write_plan(out: Path, spec: Any, setting: Setting, best: Estimate) -> None:
         model=spec,
         workload=setting.workload,
         plan=best.plan,
-        predicted={"step_s": best.step_s, "memory_gib": best.memory_gib, "mfu": best.mfu},
+        predicted=best.headline,
     )
     write_plan_file(out / "plan.json", content)
     say(f"wrote {out / 'plan.json'}")

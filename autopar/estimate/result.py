@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autopar.plan import Plan
+from autopar.plan import MEMORY_ITEM, Plan
 from costmodels.memory_bands import MemoryBand, item_bands
 from costmodels.step_bands import Band, BandRule, load_bands
 from costmodels.units import GIB
@@ -77,6 +77,12 @@ class Estimate:
     def memory_gib(self) -> float:
         """Peak GiB of the fullest rank."""
         return self.memory_bytes / GIB
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """What plan.json says of an estimate, by name; ``memory/...`` are the items of the fullest rank in bytes."""
+        items = {f"{MEMORY_ITEM}{item}": num_bytes for item, num_bytes in self.memory.items()}
+        return {"step_s": self.step_s, "memory_gib": self.memory_gib, "mfu": self.mfu, **items}
 
     @property
     def memory_bands(self) -> dict[str, MemoryBand]:

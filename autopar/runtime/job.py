@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -138,6 +139,8 @@ class TrainJob:
         data: what to train on.
         training: for real training under the only plan; None measures.
         timeout_s: seconds without progress after which a rank says where it is and ends, so that all are started again.
+        predicted_memory: bytes of the fullest rank by item, as the estimate names them, to be told beside what was held
+            if memory runs out; empty if nobody predicted.
     """
 
     model: ModelSpec
@@ -156,6 +159,7 @@ class TrainJob:
     data: Data = field(default_factory=Data)
     training: Training | None = None
     timeout_s: float = 180.0
+    predicted_memory: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def total_steps(self) -> int:

@@ -17,6 +17,7 @@ from autopar.runtime.memory import local_bytes
 from autopar.runtime.model_source import build_module, objective_of
 from autopar.runtime.objective import Objective
 from autopar.runtime.optimizer import AdamWOptions, build_optimizer
+from autopar.runtime.out_of_memory import naming_memory
 from autopar.runtime.parallel_model import ParallelModel
 from autopar.runtime.parallelize import parallelize
 from autopar.runtime.pipeline import Observer, observed
@@ -69,8 +70,14 @@ class Trainer:
             on_gradients: called when the gradients are there.
 
         Raises:
-            RunError: the norm, if it is asked for, or with it the loss is not finite; nothing was updated.
+            RunError: the norm, if it is asked for, or with it the loss is not finite, and nothing was updated; or the
+                memory was not enough.
         """
+        predicted = self.job.predicted_memory
+        with naming_memory(f"step {self.next_step}", self.held_bytes, self.model.device, predicted):
+            return self._step(batch, observer, on_gradients)
+
+    def _step(self, batch: Tensor, observer: Observer | None, on_gradients: Callable[[], None] | None) -> Step:
         if observer is not None:
             self.model.observer, usual = observer, self.model.observer
         inputs, targets = self.objective.split(batch)
@@ -108,6 +115,14 @@ class Trainer:
         if self.job.training is None:
             return self.job.learning_rate
         return rate_at(step, peak=self.job.learning_rate, steps=self.job.steps, schedule=self.job.training.rate)
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of parameters, gradients and optimizer state on this rank, as they are now."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return {
+            "parameters": self.parameter_bytes(), "gradients": local_bytes(gradients),
+            "optimizer": self.optimizer_bytes(),
+        }  # fmt: skip
 
     def parameter_bytes(self) -> int:
         """Bytes of this rank's parameters between steps."""
