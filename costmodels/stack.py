@@ -83,6 +83,7 @@ class TensorHabits:
         pads_vocab: the head computes a multiple of 128 rows on each rank.
         keeps_gathered: under sequence parallelism a column product keeps its gathered input, not its shard.
         sequence_copies: tensors of the whole sequence alive around a gather or scatter along it.
+        recompute_reduces_last: recomputing a block reduces the result of its last product again, which nobody needs.
     """
 
     exposed: float = 1.0
@@ -90,6 +91,7 @@ class TensorHabits:
     pads_vocab: bool = False
     keeps_gathered: bool = False
     sequence_copies: float = 3.0
+    recompute_reduces_last: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,10 +101,12 @@ class ContextHabits:
     Attributes:
         exposed: share of the exchange of keys and values that attention does not hide.
         copies: of queries, keys and values that attention keeps beside its inputs.
+        recompute_gathers: where attention is recomputed, its backward gathers keys and values beside that once more.
     """
 
     exposed: float = 1.0
     copies: float = 0.0
+    recompute_gathers: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +118,9 @@ class ExpertHabits:
         deduplicates: a token goes to a node once, however many of its experts are there.
         bandwidth_share, network_share: of the links in a node and between nodes, that dispatch and combine reach,
             relative to large collectives.
-        dispatch_bytes: per element of a dispatched token.
+        dispatch_bytes: per element of a dispatched token; 0 means as activations are.
+        shares: what ranks that divide an expert do with the rows of each other: ``gather`` them and scatter the results,
+            or hand all to each by ``all_to_all``.
     """
 
     exposed: float = 1.0
@@ -122,6 +128,7 @@ class ExpertHabits:
     bandwidth_share: float = 1.0
     network_share: float = 1.0
     dispatch_bytes: float = 2.0
+    shares: str = "gather"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

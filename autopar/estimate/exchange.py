@@ -53,7 +53,8 @@ def dispatch_seconds(setting: Setting, collective: Collective, degrees: Degrees)
     cluster, habits = setting.cluster, setting.stack.experts
     ranks, stride = np.asarray(degrees.ep, dtype=float), np.asarray(degrees.etp, dtype=float)
     local, *counts = level_counts(cluster, ranks, stride)
-    size = np.asarray(collective.num_bytes, dtype=float) * habits.dispatch_bytes / setting.graph.itemsize
+    each = habits.dispatch_bytes or setting.graph.itemsize
+    size = np.asarray(collective.num_bytes, dtype=float) * each / setting.graph.itemsize
     chosen = max(setting.graph.top_k, 1)
     inner = cluster.node_link
     near = local if habits.deduplicates else ranks

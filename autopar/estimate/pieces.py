@@ -82,7 +82,8 @@ class Prices:
         expert_forward, expert_backward: seconds of the exchange with experts.
         calls: operations that the host launches in forward.
         again, again_calls: seconds of compute and launches of recomputing a module (RECOMPUTE_MODULES).
-        again_full, again_tensor: seconds of compute and of tensor parallel communication of recomputing the block.
+        again_full, again_tensor, again_context: seconds of compute and of tensor and context parallel communication of
+            recomputing the block, beside what backward has in any case.
         kept, kept_full: bytes kept for backward without recomputation and with the whole block recomputed.
         kept_linear: ``kept`` without the scores of unfused attention.
         kept_loss: bytes that the loss keeps.
@@ -111,6 +112,7 @@ class Prices:
     again_calls: Floats
     again_full: Floats
     again_tensor: Floats
+    again_context: Floats
     kept: Floats
     kept_linear: Floats
     kept_loss: Floats
@@ -280,11 +282,28 @@ def _price_section(setting: Setting, degrees: Degrees, part: Section, by_module:
             _price_op_level(row, setting, degrees, part, launched)
         early = stack.kernels.recompute_stops_early
         row["again_full"] = row["forward"] - (last_product if early else 0.0)
-        row["again_tensor"] = row["tensor_forward"]
+        row["again_tensor"] = row["tensor_forward"] - _last_reduction(setting, degrees, part)
+        # Recomputation is priced with a forward's gather: an engine whose backward then has no other saves one.
+        row["again_context"] = row["context_forward"] * float(stack.context.recompute_gathers)
     else:
         row["kept_full"] = row["kept"]
     _count_parameters(row, setting, degrees, part)
     return row
+
+
+def _last_reduction(setting: Setting, degrees: Degrees, part: Section) -> Any:
+    """Seconds of reducing the result of a block's last product, which an engine may leave out of recomputation."""
+    rows = [op for op in part.ops if op.split is Split.ROW]
+    mixture = any(op.kind is OpKind.GROUPED_MATMUL for op in part.ops)
+    rows = [op for op in rows if op.module == "moe"] if mixture else rows
+    if setting.stack.tensor.recompute_reduces_last or not rows or not np.any(np.asarray(degrees.tp) > 1):
+        return 0.0
+    found = tensor_collectives(rows[-1:], setting.graph, degrees, setting.stack)
+    seconds = [
+        collective_calls_seconds(setting, collective, degrees.tp, degrees.tp_stride)
+        for collective in found if collective.phase == "forward"
+    ]  # fmt: skip
+    return sum(seconds) * setting.stack.tensor.exposed
 
 
 def _price_op_level(
@@ -321,6 +340,8 @@ def _price_communication(row: dict[str, Any], setting: Setting, degrees: Degrees
             if collective.axis == "ep":
                 seconds = dispatch_seconds(setting, collective, degrees) * stack.experts.exposed
             else:
+                if stack.experts.shares == "all_to_all":
+                    collective = replace(collective, kind="all_to_all")
                 seconds = collective_calls_seconds(setting, collective, degrees.etp, 1)
             row[f"expert_{collective.phase}"] += seconds
 

@@ -314,7 +314,7 @@ def _again(prices: Prices, rows: Ints, blocks: Floats, plans: PlanArrays) -> _Ag
                 "freed": prices.kept - prices.kept_full,
                 "tensor": prices.again_tensor,
                 "expert": prices.expert_forward,
-                "context": prices.context_forward,
+                "context": prices.again_context,
             },
             rows,
             blocks,
