@@ -119,8 +119,8 @@ class ExpertHabits:
         bandwidth_share, network_share: of the links in a node and between nodes, that dispatch and combine reach,
             relative to large collectives.
         dispatch_bytes: per element of a dispatched token; 0 means as activations are.
-        shares: what ranks that divide an expert do with the rows of each other: ``gather`` them and scatter the results,
-            or hand all to each by ``all_to_all``.
+        shares: what ranks that divide an expert do with the rows of each other: ``gather`` them and scatter the
+            results, or hand all to each by ``all_to_all``.
     """
 
     exposed: float = 1.0
