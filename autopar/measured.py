@@ -353,9 +353,9 @@ def peak_items(rank: RankMeasurement, plan: Plan) -> dict[str, float]:
 
 
 def _gathered_bytes(rank: RankMeasurement, plan: Plan) -> int:
-    """Weights that ZeRO-2 gathers once and keeps until the last backward."""
+    """Weights that ZeRO-1 and ZeRO-2 gather once and keep until the last backward."""
     gathers = [c for c in rank.collectives if c.kind == "all_gather" and c.axis.startswith("dp")]
-    return sum(c.num_bytes for c in gathers) if plan.zero_stage == 2 else 0
+    return sum(c.num_bytes for c in gathers) if plan.zero_stage in (1, 2) else 0
 
 
 def place_of(measurement: Measurement, rank: int) -> int:

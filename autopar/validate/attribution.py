@@ -16,7 +16,7 @@ from autopar.errors import InputError
 from autopar.estimate import Estimate, Setting, timeline
 from autopar.estimate.timeline import stage_durations
 from autopar.estimate.traffic import expected_collectives
-from autopar.estimate.traffic.prices import DATA_LABELS, price_call
+from autopar.estimate.traffic.prices import IN_PASSES, price_call
 from autopar.measured import (
     CollectiveSeconds,
     RankSeconds,
@@ -148,7 +148,7 @@ def attribute(setting: Setting, estimate: Estimate, measurement: Measurement) ->
     place, members = min(places.items(), key=lambda item: sum(rank.idle for rank in item[1]) / len(item[1]))
     median = measurement.median_step_s
     inspected = inspected_step_s(measurement) / median
-    expected = expected_collectives(setting, estimate.plan)[members[0].rank]
+    expected = expected_collectives(setting, estimate.plan, norm=bool(measurement.grad_norms))[members[0].rank]
     time = _joined(predicted_time(setting, estimate, place, expected), _measured_time(members, 1 / inspected))
     fullest = max(measurement.ranks, key=lambda rank: rank.peak_bytes)
     held = _same_items(
@@ -204,8 +204,8 @@ def predicted_time(
     backwards = {name: seconds for name, seconds in found.items() if name.startswith("backward")}
     for name, seconds in backwards.items():
         found[name] += breakdown["gradient_accumulation"] * seconds / sum(backwards.values())
-    in_passes = [call for call in expected if call.axis not in (*DATA_LABELS, "pp")]
-    of_data = [call for call in expected if call.axis in DATA_LABELS]
+    in_passes = [call for call in expected if call.axis in IN_PASSES]
+    of_data = [call for call in expected if call.axis not in (*IN_PASSES, "pp")]
     for seconds, calls, name in (
         (inside, in_passes, "communication in passes"),
         (breakdown["data_parallel"], of_data, "data parallel"),

@@ -139,7 +139,12 @@ def run_verdict(path: Path, predicted: Mapping[str, float]) -> str:
 
 def validation_of(runs: Sequence[JudgedRun]) -> Validation:
     """Runs of different plans compared as the demo compares them, collectives included."""
-    collectives = {run.measurement.slug: expected_collectives(run.setting, run.measurement.plan) for run in runs}
+    collectives = {
+        run.measurement.slug: expected_collectives(
+            run.setting, run.measurement.plan, norm=bool(run.measurement.grad_norms)
+        )
+        for run in runs
+    }
     return compare([run.estimate for run in runs], [run.measurement for run in runs], collectives=collectives)
 
 

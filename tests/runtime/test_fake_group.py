@@ -17,7 +17,7 @@ from autopar.estimate.traffic import expected_collectives
 from autopar.measurement import CountedCollective
 from autopar.model.build import build_graph
 from autopar.model.spec import ModelSpec, Norm, Position
-from autopar.plan import parse_slug
+from autopar.plan import PlanFile, parse_slug, write_plan_file
 from autopar.workload import Precision, Workload
 from costmodels.hardware import load_cluster
 from costmodels.records import from_plain, to_plain
@@ -134,3 +134,18 @@ def test_shapes_alone_do_for_a_model_that_is_too_large(tmp_path: Path) -> None:
     assert not isinstance(found, str), found
     entries = tuple(from_plain(CountedCollective, entry, slug) for entry in found)
     assert totals(entries) == expected(wide, slug, 0, None)
+
+
+def test_check_tells_what_a_rank_calls_and_refuses_what_does_not_run(tmp_path: Path) -> None:
+    def check(slug: str, *words: str) -> subprocess.CompletedProcess[str]:
+        plan = parse_slug(slug)
+        content = PlanFile(slug=plan.slug, model=GPT, workload=workload(slug), plan=plan)
+        write_plan_file(tmp_path / "plan.json", content)
+        command = [sys.executable, "-W", "ignore", "-m", "autopar", "check", str(tmp_path / "plan.json"), *words]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    found = check("tp2.pp2.dp4.z3.mb1.sp", "--rank", "15", "--json")
+    assert json.loads(found.stdout)["agree"], found.stderr
+    refused = check("dp4.mb1.ac-selective+op_level")
+    assert refused.returncode == 2 and "op_level" in refused.stderr

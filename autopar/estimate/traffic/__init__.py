@@ -14,6 +14,7 @@ from autopar.estimate.setting import Setting
 from autopar.estimate.traffic.experts import count_exchange
 from autopar.estimate.traffic.ledger import Ledger
 from autopar.estimate.traffic.passes import count_context, count_loss, count_messages, count_tensor, partial_weights
+from autopar.estimate.traffic.prices import TIED_AXIS
 from autopar.estimate.traffic.stage import Stage, Weight, stages_of, weights_of
 from autopar.estimate.traffic.weights import count_weights, num_buckets, num_gathers
 from autopar.layout import Layout
@@ -25,8 +26,6 @@ __all__ = ["expected_collectives", "num_buckets", "num_gathers"]
 
 NORM_BYTES = 8
 """Of the square of the gradient's norm."""
-TIED_AXIS = "embedding"
-"""Pipeline ranks that have copies of a weight that their stages share."""
 
 
 def expected_collectives(

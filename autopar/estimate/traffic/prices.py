@@ -8,8 +8,10 @@ from autopar.measurement import CountedCollective
 from autopar.plan import Plan
 from costmodels.collectives import collective_seconds
 
-DATA_LABELS = ("dp", "dp_shard", "dp_replicate")
-"""Axes on which gradients are reduced and weights gathered."""
+IN_PASSES = ("tp", "cp", "ep", "etp")
+"""Axes on which passes communicate; on the others but the pipeline's, weights and gradients travel."""
+TIED_AXIS = "embedding"
+"""Pipeline ranks that have copies of a weight that their stages share."""
 
 
 def price_call(setting: Setting, plan: Plan, call: CountedCollective) -> float:
@@ -30,7 +32,8 @@ def stride_of(layout: Layout, axis: str) -> int:
     if axis == "world":
         return 1
     if axis in ("dp", "dp_shard"):
-        return min(
-            layout.stride(part) for part in ("dp_replicate", "dp_shard", "cp") if axis == "dp" or "rep" not in part
-        )
-    return layout.stride(axis)
+        parts = ("dp_replicate", "dp_shard", "cp") if axis == "dp" else ("dp_shard", "cp")
+        return min(layout.stride(part) for part in parts)
+    if axis == "edp_replicate":
+        return layout.stride("edp") * layout.edp // layout.dp_replicate
+    return layout.stride("pp" if axis == TIED_AXIS else axis)
