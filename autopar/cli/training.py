@@ -175,6 +175,10 @@ def run_plan(
         print(json.dumps(_json(outcome, measured, content)))
     else:
         print(_summary(outcome, measured, content))
+        if measured is not None:
+            from autopar.validate.measured_runs import run_verdict
+
+            print(run_verdict(job.measurement_file(content.plan), content.predicted), end="")
     say(f"wrote {out / 'metrics.csv'}" + (f" and {job.measurement_file(content.plan)}" if measured else ""))
 
 

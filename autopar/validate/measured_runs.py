@@ -66,8 +66,17 @@ def profile_beside(path: Path) -> Path:
 
 
 def on_profile(profile: MachineProfile) -> SettingOf:
-    """Settings on a measured machine."""
-    return lambda run: measured_setting(run.model, run.workload, profile, run.plan.layout.world_size)
+    """Settings on a measured machine; they raise InputError for a run on another kind of device."""
+
+    def setting(run: Measurement) -> Setting:
+        if profile.backend != run.backend:
+            raise InputError(
+                f"the profile of {profile.device_name} is of {profile.backend}, but the run used {run.backend}: name "
+                "its own"
+            )
+        return measured_setting(run.model, run.workload, profile, run.plan.layout.world_size)
+
+    return setting
 
 
 def on_cluster(cluster: str) -> SettingOf:
@@ -120,21 +129,21 @@ def judge_one(path: Path, measurement: Measurement, settings: SettingOf) -> Judg
 
 
 def run_verdict(path: Path, predicted: Mapping[str, float]) -> str:
-    """What to say at the end of a run: where the prediction was wrong, or, without a profile above, by how much.
+    """The line that ends a run: where the prediction was wrong, or, without a profile above, by how much.
 
     Args:
         path: the run's measurement file.
-        predicted: of its plan file, by name.
+        predicted: of its plan file, by name; empty if nobody predicted, and then the line is.
     """
     run = read_measurement(path)
     try:
-        return judge_one(path, run, on_profile(read_profile(profile_beside(path)))).verdict
+        return judge_one(path, run, on_profile(read_profile(profile_beside(path)))).verdict + "\n"
     except InputError:
         expected = predicted.get("step_s")
     if not expected or not run.step_s:
         return ""
     error = expected / run.median_step_s - 1
-    return f"step predicted {abs(error):.0%} {'too long' if error > 0 else 'too short'}"
+    return f"step predicted {abs(error):.0%} {'too long' if error > 0 else 'too short'}\n"
 
 
 def validation_of(runs: Sequence[JudgedRun]) -> Validation:

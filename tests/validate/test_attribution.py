@@ -206,7 +206,7 @@ def test_a_run_ends_with_a_verdict(tmp_path: Path) -> None:
     assert run_verdict(run, {}).startswith("step predicted 14% too short: 10 of it reduce_scatter on dp")
     lonely = tmp_path / "measurement.json"
     lonely.write_text(run.read_text())
-    assert run_verdict(lonely, {"step_s": 1.163 * 1.2}) == "step predicted 20% too long"
+    assert run_verdict(lonely, {"step_s": 1.163 * 1.2}) == "step predicted 20% too long\n"
     assert run_verdict(lonely, {}) == ""
 
 
