@@ -114,7 +114,7 @@ def storage_of(tensor: Tensor) -> Hashable:
     return StorageWeakRef(tensor.untyped_storage())
 
 
-def fake_store() -> dist.Store:
+def fake_store() -> Any:
     """The store of the ``fake`` process group, which communicates with nobody."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
