@@ -19,12 +19,10 @@ from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan, parse_slug
 from autopar.runtime.counting import CollectiveCounter, summed
 from autopar.runtime.mesh import build_mesh
-from autopar.runtime.optimizer import build_optimizer
 from autopar.runtime.parallel_model import ParallelModel
 from autopar.runtime.parallelize import parallelize
 from autopar.runtime.progress import report_progress
 from autopar.runtime.worker import joined
-from autopar.workload import Optimizer
 
 
 def main(path: str) -> None:
@@ -52,7 +50,7 @@ def run(case: dict[str, str], plan: Plan, device: torch.device, mesh: Any, weigh
         build(spec), plan, loss_fn=language_model_loss, device=device, mesh=mesh,
         num_microbatches=BATCH // (layout.dp * plan.microbatch_size),
     )  # fmt: skip
-    optimizer = build_optimizer(model, Optimizer.SGD, RATE, momentum=MOMENTUM)
+    optimizer = torch.optim.SGD(model.parameter_groups(), lr=RATE, momentum=MOMENTUM)
     place, size = layout.coordinates(dist.get_rank()), BATCH // layout.dp
     share = place["dp_replicate"] * layout.dp_shard + place["dp_shard"]
     losses, norms, calls = [], [], []
