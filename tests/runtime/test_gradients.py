@@ -139,7 +139,8 @@ def test_bf16_computes_and_sends_narrow_and_reduces_wide(told: list[dict[str, An
     ]
     stream = BATCH // 2 * batch(0)[:, :-1].shape[1] * DENSE.hidden_size
     scattered = [call for call in found["dp2.tp2.sp.mb4"]["calls"] if call[0] == "reduce_scatter"]
-    assert scattered == [["reduce_scatter", "tp", 4 * DENSE.num_layers, 4 * DENSE.num_layers * stream * 2]]
+    added = 4 * DENSE.num_layers + 2  # the embedding of each microbatch too
+    assert scattered == [["reduce_scatter", "tp", added, added * stream * 2]]
 
 
 def test_one_rank_in_bf16_accumulates_in_fp32() -> None:
