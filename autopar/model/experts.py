@@ -40,8 +40,11 @@ class TokenOrder(Protocol):
         runs: equal parts of a rank's tokens that are each contiguous in the sequence.
     """
 
-    num_ranks: int
-    runs: int
+    @property
+    def num_ranks(self) -> int: ...
+
+    @property
+    def runs(self) -> int: ...
 
     def counted_before(self, counts: Tensor) -> Tensor:
         """From the rows of each of this rank's runs, [B, runs, E], to those of all tokens before each run."""
@@ -105,7 +108,7 @@ class ExpertProduct(nn.Module):
                 # An equal part of it on each rank, and the whole gradient, as all of them see all rows.
                 bias = bias + bias.detach() * (1 / self.shares - 1)
             biases = bias.unbind(0)
-        return torch.cat([F.linear(*each) for each in zip(x.split(list(sizes)), weights, biases, strict=True)])
+        return torch.cat([F.linear(*each) for each in zip(torch.split(x, list(sizes)), weights, biases, strict=True)])
 
 
 class MixtureOfExperts(nn.Module):
@@ -144,8 +147,10 @@ class MixtureOfExperts(nn.Module):
         results = self.exchange(self.experts, rows, counts)
         by_choice = tokens.new_zeros(destinations.shape[0], x.shape[-1]).index_put((order,), results)
         weighted = by_choice.view(*chosen.shape, -1) * weights.to(x.dtype).unsqueeze(-1)
-        combined = weighted.sum(1).view_as(x)
-        return combined if self.shared is None else combined + self.shared(x)
+        combined: Tensor = weighted.sum(1).view_as(x)
+        if self.shared is not None:
+            combined = combined + self.shared(x)
+        return combined
 
     def experts(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """The experts of this rank: rows [R, h], ``sizes`` of each, to their results."""
@@ -166,7 +171,7 @@ class MixtureOfExperts(nn.Module):
         capacity = math.ceil(chosen.shape[1] * self.order.num_ranks / self.num_experts * self.capacity_factor)
         runs = chosen.reshape(chosen.shape[0] * self.order.runs, -1)
         counts = _counts(runs, self.num_experts)
-        before = self.order.counted_before(counts.unflatten(0, (-1, self.order.runs))).flatten(0, 1)
+        before = self.order.counted_before(counts.view(-1, self.order.runs, self.num_experts)).flatten(0, 1)
         places = _places(runs, counts) + before.gather(1, runs)
         return runs.masked_fill(places >= capacity, self.num_experts)
 

@@ -122,7 +122,9 @@ class DividedSequence:
     def counted_before(self, counts: Tensor) -> Tensor:
         """Rows of all tokens before each run, of [B, runs, E]."""
         everyone = counts.unsqueeze(0)
-        for group in (self.tensor and self.tensor.get_group(), self.context and self.context.group):
+        tensor_group = None if self.tensor is None else self.tensor.get_group()
+        context_group = None if self.context is None else self.context.group
+        for group in (tensor_group, context_group):
             if group is not None:
                 everyone = functional.all_gather_tensor(everyone.contiguous(), 0, group)
         parts = everyone.movedim(2, 1).flatten(0, 1)

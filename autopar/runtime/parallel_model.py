@@ -118,8 +118,8 @@ class ParallelModel:
         targets = self.local_tokens(targets)
         step = self._pipeline_step if self.plan.layout.pp > 1 else self._plain_step
         partial = [p for name, p in self.owned if name in self.partial_names]
-        local = self.experts is not None and not self.experts.sharded
-        experts = [p for name, p in self.owned if local and name in self.experts.names]
+        ranks = self.experts if self.experts is not None and not self.experts.sharded else None
+        experts = [p for name, p in self.owned if ranks is not None and name in ranks.names]
         tied = [p for shared in self.tied for p in shared.parameters]
         with set_aside(list(dict.fromkeys([*partial, *experts, *tied]))):
             with casting_once(self.compute_dtype), self.loss_context():
@@ -129,8 +129,8 @@ class ParallelModel:
                 mesh = submesh(self.mesh, "tp")
                 assert mesh is not None
                 reduce_partial(partial, mesh)
-            if experts:
-                reduce_experts(experts, self.experts)
+            if ranks is not None:
+                reduce_experts(experts, ranks)
             sum_tied(self.tied)
         if self.context is not None:
             loss = loss.to(torch.float32)
