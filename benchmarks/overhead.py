@@ -1,10 +1,10 @@
 """What the executor costs over the plainest script of the same layout: ``python benchmarks/overhead.py [--rounds N]``.
 
 Two ranks on this machine hold the same model twice, once in a hand-written training loop (DDP, or ``fully_shard`` of
-each block), once in the loop behind ``autopar run`` with all that it does: data, progress, clipping, log, metrics. Steps
-of both are taken in turn in one run, so that whatever else the machine does hits both. The time of autopar's step is
-that from the end of one plain step to the beginning of the next. Both clip by the global norm. Printed: medians, and the
-median of the ratios of neighbouring steps with their quartiles.
+each block), once in the loop behind ``autopar run`` with all that it does: data, progress, clipping, log, metrics.
+Steps of both are taken in turn in one run, so that whatever else the machine does hits both. The time of autopar's step
+is that from the end of one plain step to the beginning of the next. Both clip by the global norm. Printed: medians, and
+the median of the ratios of neighbouring steps with their quartiles.
 """
 
 from __future__ import annotations

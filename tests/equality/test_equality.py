@@ -51,7 +51,8 @@ def test_equal_to_one_process(rows: Callable[[int], dict[Case, Row]], ranks: int
 @pytest.mark.parametrize(("ranks", "case"), ALL, ids=IDS)
 def test_collectives_are_the_plans(rows: Callable[[int], dict[Case, Row]], ranks: int, case: Case) -> None:
     due = expected(ranks, case.model, parse_slug(case.slug))
-    assert disagreements(rows(ranks)[case].collectives, due) == []
+    drops = MODELS[case.model].capacity_factor > 0
+    assert disagreements(rows(ranks)[case].collectives, due, drops=drops) == []
 
 
 def test_nothing_in_the_table_is_refused() -> None:
