@@ -151,8 +151,8 @@ def _text(rows: Sequence[Row]) -> str:
         "# Every layout against one process",
         "",
         f"{equal} of {len(rows)} layouts on 1 to {max(row.ranks for row in rows)} processes equal a plain training "
-        f"loop in one process within {TOLERANCE:g}, in fp32, over {STEPS} steps of gradient descent with momentum (at a "
-        "rate at which a gradient that is wrong by a factor shows at once) and clipping by the global norm. Largest "
+        f"loop in one process within {TOLERANCE:g}, in fp32, over {STEPS} steps of gradient descent with momentum (at "
+        "a rate at which a gradient that is wrong by a factor shows at once) and clipping by the global norm. Largest "
         f"differences: loss {worst['loss']:.1e}, gradient norm {worst['norm']:.1e} (relative), weights after the last "
         f"step {worst['weights']:.1e}. The collectives of every rank (kind, group, calls, bytes) are those that the "
         "plan's prediction counts; all-to-alls of experts carry its bytes in the sum over the ranks, since the router "
