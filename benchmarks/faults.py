@@ -33,7 +33,7 @@ from autopar.runtime.run import run_training
 from autopar.workload import Precision, Workload
 
 RUNS = (
-    ("dp2.z0.mb2", 5), ("dp3.z2.mb2", 4), ("pp2.dp2.z0.mb1", 4), ("tp2.dp2.z3.mb1", 4), ("pp2.mb2", 3),
+    ("dp2.z0.mb2", 5), ("dp3.z2.mb2", 4), ("pp2.dp2.z0.mb1", 4), ("dp4.z3.mb1", 4), ("pp2.mb2", 3),
 )  # fmt: skip
 """Plans of 2 to 4 ranks, and how many times each is struck."""
 STEPS, SAVE_EVERY = 60, 4
