@@ -208,7 +208,7 @@ def readme(seed: int, timeout_s: float, faults: Sequence[Sequence[Any]], runs: S
     lines = [
         "# Faults", "",
         f"Kills: {kills}; hangs: {len(faults) - kills}; at random steps and ranks of {len(runs)} training runs. "
-        f"{same} of {len(runs)} ended with the losses and gradient norms of the same run without faults, to the "
+        f"{same} of {len(runs)} ended with the losses of the same run without faults, to the "
         "last digit written (8).", "",
         f"Made by `python benchmarks/faults.py --seed {seed} --timeout {timeout_s:g}` on "
         f"{datetime.now(UTC).date()}, {platform.machine()}, {os.cpu_count()} cores shared with other work. "

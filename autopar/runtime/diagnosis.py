@@ -70,7 +70,14 @@ class _Cause:
     exit_code: int | None
 
 
-def explain_failure(agent_logs: Sequence[str], statuses: Mapping[int, Status], world_size: int, log_of: LogOf) -> Fault:
+def explain_failure(
+    agent_logs: Sequence[str],
+    statuses: Mapping[int, Status],
+    world_size: int,
+    log_of: LogOf,
+    *,
+    vanished: Sequence[int] = (),
+) -> Fault:
     """Name the rank that ended a run: what it was doing, exit code or signal, and the end of its error log.
 
     Args:
@@ -78,9 +85,10 @@ def explain_failure(agent_logs: Sequence[str], statuses: Mapping[int, Status], w
         statuses: last status of each rank.
         world_size: ranks in all.
         log_of: error log of a rank, if there is one.
+        vanished: ranks whose processes had ended without a word when others failed, or torchrun did.
     """
     exit_codes = {int(m[1]): int(m[2]) for text in agent_logs for m in _ENTRY.finditer(text)}
-    cause = _first_cause(exit_codes, statuses)
+    cause = _first_cause(exit_codes, statuses, vanished)
     if cause is None:
         last = "\n".join(_last_lines("\n".join(agent_logs)))
         return Fault(what="the run could not be started or ended badly; torchrun said:", details=f"\n{last}")
@@ -97,7 +105,9 @@ def explain_failure(agent_logs: Sequence[str], statuses: Mapping[int, Status], w
     )
 
 
-def _first_cause(exit_codes: Mapping[int, int], statuses: Mapping[int, Status]) -> _Cause | None:
+def _first_cause(
+    exit_codes: Mapping[int, int], statuses: Mapping[int, Status], vanished: Sequence[int]
+) -> _Cause | None:
     # torchrun ends the others with SIGTERM, and a communicator that lost its peer aborts: consequences as a rule.
     consequences = (-signal.SIGTERM, -signal.SIGABRT)
     failed = [status for status in statuses.values() if status.state == FAILED]
@@ -106,6 +116,9 @@ def _first_cause(exit_codes: Mapping[int, int], statuses: Mapping[int, Status]) 
     if sudden:
         # The last in torchrun's table is the one that it noticed first.
         rank = next((rank for rank in reversed(sudden) if exit_codes[rank] < 0), sudden[-1])
+    elif vanished and failed and not exit_codes:
+        # A processor that is busy keeps torchrun from noticing.
+        rank = vanished[0]
     elif failed:
         rank = min(failed, key=lambda status: status.time).rank
     elif unheard:
@@ -117,7 +130,7 @@ def _first_cause(exit_codes: Mapping[int, int], statuses: Mapping[int, Status]) 
 
 def _ending(exit_code: int | None) -> str:
     if exit_code is None:
-        return "failed"
+        return "ended without a word"
     if exit_code >= 0:
         return f"exited with code {exit_code}"
     try:

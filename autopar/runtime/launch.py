@@ -16,10 +16,12 @@ from typing import Any
 from autopar.runtime.attempt import Attempt
 from autopar.runtime.diagnosis import Fault, RunFault, explain_failure, explain_stall
 from autopar.runtime.nodes import Node
-from autopar.runtime.progress import FAILED, read_statuses
+from autopar.runtime.processes import is_live
+from autopar.runtime.progress import FAILED, RUNNING, STARTING, read_statuses
 
 POLL_S = 0.1
 SETTLE_S = 5.0
+VANISHED_SETTLE_S = 30.0
 START_TIMEOUT_S = 120.0
 OnMessage = Callable[[dict[str, Any]], None]
 
@@ -120,12 +122,17 @@ def _watch(attempt: Attempt, stall_timeout_s: float, on_message: OnMessage | Non
 
 def _failure(attempt: Attempt) -> Fault:
     """Give torchrun the time to see who died first, then say it."""
-    end = time.monotonic() + SETTLE_S
+    statuses = read_statuses(attempt.out_dir, attempt.world_size)
+    vanished = [rank for rank, s in statuses.items() if s.state in (STARTING, RUNNING) and not is_live(s.pid)]
+    end = time.monotonic() + (VANISHED_SETTLE_S if vanished else SETTLE_S)
     while any(agent.poll() is None for agent in attempt.agents) and time.monotonic() < end:
         if any(agent.returncode for agent in attempt.agents):
             end = min(end, time.monotonic() + 1.0)
         time.sleep(POLL_S)
-    statuses = read_statuses(attempt.out_dir, attempt.world_size)
     return explain_failure(
-        attempt.agent_logs(), statuses, attempt.world_size, lambda rank: attempt.log_of(rank, "stderr")
+        attempt.agent_logs(),
+        read_statuses(attempt.out_dir, attempt.world_size),
+        attempt.world_size,
+        lambda rank: attempt.log_of(rank, "stderr"),
+        vanished=vanished,
     )

@@ -23,7 +23,7 @@ def marked(mark: str) -> set[int]:
             environment = (entry / "environ").read_bytes()
         except OSError:
             continue
-        if wanted in environment.split(b"\0") and state_of(int(entry.name)) not in ("", "Z", "X"):
+        if wanted in environment.split(b"\0") and is_live(int(entry.name)):
             found.add(int(entry.name))
     return found
 
@@ -35,6 +35,11 @@ def state_of(pid: int) -> str:
     except OSError:
         return ""
     return text.rpartition(")")[2].split()[0]
+
+
+def is_live(pid: int) -> bool:
+    """Whether there is such a process and it has not ended."""
+    return state_of(pid) not in ("", "Z", "X")
 
 
 def send(pids: Iterable[int], number: signal.Signals) -> None:

@@ -193,6 +193,15 @@ def test_the_cause_is_told_from_its_consequences(logs: list[str], states: dict[i
     assert expected in explain_failure(logs, statuses, 3, lambda rank: None).text
 
 
+def test_a_rank_that_vanished_is_the_cause_before_torchrun_says_so() -> None:
+    statuses = {0: status(0, RUNNING, 1.0), 1: status(1, FAILED, 2.0)}
+    assert "rank 1 of 2 failed" in explain_failure([""], statuses, 2, lambda rank: None).text
+    told = explain_failure([""], statuses, 2, lambda rank: None, vanished=[0]).text
+    assert told == "rank 0 of 2 ended without a word at plan p, step 3, 0B1"
+    seen = explain_failure([table((0, -9), (1, 1))], statuses, 2, lambda rank: None, vanished=[0]).text
+    assert "rank 0 of 2 was killed by SIGKILL" in seen
+
+
 def test_traffic_of_an_interface() -> None:
     loopback = Node(index=0, address="127.0.0.1", interface="lo")
     sent, received = read_traffic(loopback)
