@@ -12,8 +12,9 @@ from scipy.stats import kendalltau
 
 from autopar.errors import InputError
 from autopar.estimate import Estimate, Setting
-from autopar.measurement import Measurement
+from autopar.measurement import CountedCollective, Measurement
 from autopar.validate import Comparison, Validation, compare, kendall_tau, summarise
+from autopar.validate.plans import check_collectives
 from costmodels.records import from_plain, to_plain
 
 Measure = Callable[..., Measurement]
@@ -159,6 +160,23 @@ def test_collectives_are_compared_by_kind_axis_and_size(
     unforeseen = compare([estimate], [run], collectives={slug: [[]] * 4}).comparisons[0].collectives
     assert unforeseen is not None and len(unforeseen.differences) == 4
     assert compare([estimate], [run]).comparisons[0].collectives is None
+
+
+def test_bytes_of_experts_exchanges_are_compared_in_sum(
+    sample_measurements: list[Measurement],
+) -> None:
+    """Who sends how much is the router's choice; how much all of them send is not."""
+
+    def exchange(num_bytes: int, count: int = 5) -> tuple[CountedCollective, ...]:
+        return (CountedCollective(kind="all_to_all", axis="ep", group_size=4, count=count, num_bytes=num_bytes),)
+
+    run = sample_measurements[0]
+    sent = (90, 110, 120, 80)
+    ranks = tuple(dataclasses.replace(rank, collectives=exchange(sent[rank.rank])) for rank in run.ranks)
+    run = dataclasses.replace(run, ranks=ranks)
+    assert check_collectives([exchange(100)] * 4, run).agree
+    assert len(check_collectives([exchange(101)] * 4, run).differences) == 4
+    assert len(check_collectives([exchange(100, count=6)] * 4, run).differences) == 4
 
 
 def test_missing_and_doubled_plans_are_named(sample_estimates: list[Estimate], sample_measurements: list) -> None:
