@@ -13,7 +13,7 @@ from autopar.estimate import Estimate, Setting, estimate, timeline
 from autopar.measurement import CountedCollective, Measurement, RankMeasurement, Span
 from autopar.model.build import build_graph
 from autopar.model.presets import load_preset
-from autopar.plan import Plan, Recompute, parse_slug
+from autopar.plan import Plan, Recompute, ScheduleName, parse_slug
 from autopar.report import DemoReport
 from autopar.search.exhaustive import SearchResult, search
 from autopar.search.space import Space
@@ -206,10 +206,16 @@ def sample_profile(sample_setting: Setting) -> MachineProfile:
     return make_profile(sample_setting)
 
 
+SHORT_NAMES = Space(
+    recompute=(Recompute.NONE,), max_vp=2, max_cp=1, uneven_ends=False, orders=("tp-cp-dp-pp",),
+    schedules=(ScheduleName.GPIPE, ScheduleName.ONE_F_ONE_B, ScheduleName.INTERLEAVED),
+)  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def sample_search(sample_setting: Setting) -> SearchResult:
     """The best plans of a small space, the runs' among them or not."""
-    return search(sample_setting, top=10, space=Space(recompute=(Recompute.NONE,), max_vp=2, max_cp=1))
+    return search(sample_setting, top=10, space=SHORT_NAMES)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ def plan_rules(setting: Setting, plans: PlanArrays, space: Space) -> dict[str, B
     found = core_rules(setting, plans)
     m = setting.workload.global_batch // (plans.dp * plans.microbatch)
     found |= _pipe_rules(setting, space, plans.splits, plans.pp, plans.vp, plans.schedule, plans.split, m)
+    # How many microbatches there are is only a question where the batch divides.
+    found["microbatches"] = found["microbatches"] & ~found["batch"]
     found["offload"] = plans.offload & (plans.zero == 0) & (plans.dp * plans.cp > 1)
     return found
 

@@ -336,7 +336,7 @@ def test_wrong_numbers_of_experts(change: dict[str, int], message: str) -> None:
 
 
 def test_what_the_module_does_not_have_is_refused() -> None:
-    with pytest.raises(InputError, match="without num_experts, qk_norm; it can be planned but not run"):
+    with pytest.raises(InputError, match="has no qk_norm; it can be planned but not run"):
         transformer.build(dataclasses.replace(EXPERTS, qk_norm=True))
 
 
