@@ -91,7 +91,7 @@ def trained(spec: ModelSpec, plan: Plan, tokens: list[Tensor]) -> tuple[Parallel
             losses.append(model.train_step(local[:, :-1], local[:, 1:]).float())
 
         if index == EVALUATED:
-            evaluated = evaluate(model, [local])
+            evaluated = evaluate(model, [(local[:, :-1], local[:, 1:])])
         if index == 1:
             weighed = measure_peak(train, torch.device("cpu"), {})
             peak = weighed.highest - weighed.held
