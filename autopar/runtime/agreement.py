@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+EAGER_STEPS = 32
 POLL_S = 1.0
 
 
@@ -57,6 +58,7 @@ def stop_on_signal() -> Iterator[Stop]:
 class Poll:
     """Every second or so, the ranks ask one another whether one of them was told to stop, and what the clock says.
 
+    In the first steps, where runs are stopped most often, they ask after each of them.
     The steps at which they ask follow from the step times that all of them know, so all ask at the same ones.
     """
 
@@ -70,7 +72,7 @@ class Poll:
 
     def ask(self, step: int) -> tuple[bool, bool]:
         """After a step: whether to stop, and whether it is time for a checkpoint; the same on all ranks."""
-        if step % self._every:
+        if step >= EAGER_STEPS and step % self._every:
             return False, False
         late = self._save_every_s > 0 and time.monotonic() - self._saved > self._save_every_s
         stop, save = self._hosts.any([self._stop.asked, late])
