@@ -82,21 +82,21 @@ def worker(path: str) -> None:
     class Alternating(Progress):
         """Takes a plain step wherever the loop says that a step begins."""
 
-        ended = plain = 0.0
+        loop_begun = by_hand_s = 0.0
 
         def update(self, *, plan: str | None = None, step: int | None = None, doing: str = "") -> None:
             super().update(plan=plan, step=step, doing=doing)
             if doing != "begins":
                 return
             begun = time.perf_counter()
-            if self.ended:
-                pairs.append((self.plain, begun - self.ended))
+            if self.loop_begun:
+                pairs.append((self.by_hand_s, begun - self.loop_begun))
             dist.barrier()
             begun = time.perf_counter()
             by_hand(tokens[:, :-1], tokens[:, 1:])
-            self.plain = time.perf_counter() - begun
+            self.by_hand_s = time.perf_counter() - begun
             dist.barrier()
-            self.ended = time.perf_counter()
+            self.loop_begun = time.perf_counter()
 
     with joined("cpu") as device:
         by_hand = plain_step(plan.slug)
