@@ -21,8 +21,8 @@ from autopar.model.presets import load_preset
 from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, PlanFile, ScheduleName, check_plan, parse_slug, write_plan_file
 from autopar.runtime.job import TrainJob
-from autopar.runtime.nodes import Node, local_node
-from autopar.runtime.profile import profile_machine
+from autopar.runtime.launch.nodes import Node, local_node
+from autopar.runtime.profile.machine import profile_machine
 from autopar.runtime.run import run_plans
 from autopar.runtime.support import check_supported, unsupported
 from autopar.search.exhaustive import SearchResult, search
@@ -105,7 +105,7 @@ def site(options: DemoOptions) -> Iterator[Site]:
     if options.emulate is None:
         yield Site(nodes=(local_node(),), ranks_per_node=options.ranks or default_ranks(options.device))
         return
-    from autopar.runtime.emulate import emulated_cluster, parse_emulation, why_unavailable
+    from autopar.runtime.launch.emulate import emulated_cluster, parse_emulation, why_unavailable
 
     num_nodes, rate = parse_emulation(options.emulate)
     if options.device != "cpu":

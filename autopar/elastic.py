@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from autopar.errors import InputError, NoFeasiblePlan
 from autopar.estimate import Setting
 from autopar.plan import Plan, PlanFile, Rejected
-from autopar.runtime.diagnosis import Fault, RunFault
-from autopar.runtime.nodes import Node
+from autopar.runtime.launch.diagnosis import Fault, RunFault
+from autopar.runtime.launch.nodes import Node
 from autopar.runtime.support import unsupported
 from autopar.search.replan import replan, setting_of
 from autopar.search.space import Space

@@ -20,8 +20,8 @@ from autopar.model.presets import load_preset
 from autopar.plan import Plan, Recompute, parse_slug
 from autopar.report.columns import Column
 from autopar.runtime.job import TrainJob
-from autopar.runtime.nodes import local_node
-from autopar.runtime.profile import profile_machine
+from autopar.runtime.launch.nodes import local_node
+from autopar.runtime.profile.machine import profile_machine
 from autopar.runtime.run import run_plans
 from autopar.workload import Precision, Workload
 from costmodels.calibration import MachineProfile, profile_cluster, read_profile

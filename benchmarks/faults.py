@@ -26,10 +26,10 @@ from typing import Any
 from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, parse_slug
 from autopar.runtime.job import Logging, Saving, Training, TrainJob
-from autopar.runtime.metrics import METRICS
-from autopar.runtime.nodes import local_node
-from autopar.runtime.progress import RUNNING, Status, read_statuses
+from autopar.runtime.launch.nodes import local_node
+from autopar.runtime.launch.progress import RUNNING, Status, read_statuses
 from autopar.runtime.run import run_training
+from autopar.runtime.train.metrics import METRICS
 from autopar.workload import Precision, Workload
 
 RUNS = (

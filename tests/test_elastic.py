@@ -19,11 +19,11 @@ import pytest
 from autopar.elastic import Ranks, fewer, is_machines, plan_for, train_on_what_is_left
 from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, PlanFile, parse_slug
-from autopar.runtime.diagnosis import Fault, RunFault
 from autopar.runtime.job import Logging, RateSchedule, Saving, Training, TrainJob
-from autopar.runtime.nodes import Node
+from autopar.runtime.launch.diagnosis import Fault, RunFault
+from autopar.runtime.launch.nodes import Node
+from autopar.runtime.launch.progress import RUNNING, read_statuses
 from autopar.runtime.outcome import Outcome
-from autopar.runtime.progress import RUNNING, read_statuses
 from autopar.runtime.run import run_training
 from autopar.workload import Precision, Workload
 from costmodels.hardware import Cluster, load_cluster

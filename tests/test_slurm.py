@@ -20,10 +20,10 @@ from autopar.errors import InputError
 from autopar.export.slurm import SlurmJob, nodes_of, sbatch_script
 from autopar.model.spec import ModelSpec
 from autopar.plan import PlanFile, parse_slug, write_plan_file
-from autopar.runtime.emulate import emulated_cluster, why_unavailable
-from autopar.runtime.nodes import Node
+from autopar.runtime.launch.emulate import emulated_cluster, why_unavailable
+from autopar.runtime.launch.nodes import Node
+from autopar.runtime.launch.progress import RUNNING, read_statuses
 from autopar.runtime.outcome import read_outcome
-from autopar.runtime.progress import RUNNING, read_statuses
 from autopar.workload import Precision, Workload
 
 REASON = why_unavailable()

@@ -35,7 +35,7 @@ def check(
     check_supported(plan, content.model, plan.num_microbatches(workload))
     if rank >= plan.layout.world_size:
         raise PlanError(f"plan {plan.slug} has {plan.layout.world_size} ranks: --rank {rank} is none of them")
-    from autopar.runtime.dry_run import dry_run
+    from autopar.runtime.step.dry_run import dry_run
 
     rows = _rows(_expected(content, rank), dry_run(plan, content.model, workload, rank))
     agree = all(row["expected"] == row["counted"] for row in rows)

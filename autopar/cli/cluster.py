@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from autopar.measurement import Measurement
     from autopar.plan import Plan, PlanFile
     from autopar.runtime.job import TrainJob
+    from autopar.runtime.launch.places import Place
     from autopar.runtime.outcome import Outcome
-    from autopar.runtime.places import Place
     from costmodels.hardware import Cluster
 
 Start = Callable[[str, Path], None]
@@ -55,9 +55,9 @@ def preflight(
     """Before a long run: versions, clocks, space, shared folder, sums, speeds of ranks and links; name what is off."""
     from autopar.demo import default_ranks, resolve_device
     from autopar.report.preflight_tables import preflight_json, preflight_table
-    from autopar.runtime.places import find_place
-    from autopar.runtime.preflight import Limits, judge
-    from autopar.runtime.preflight import preflight as gather
+    from autopar.runtime.launch.places import find_place
+    from autopar.runtime.preflight.judge import Limits, judge
+    from autopar.runtime.preflight.judge import preflight as gather
     from costmodels.records import write_json
     from costmodels.units import parse_bandwidth
 
@@ -156,7 +156,7 @@ def train(
     import dataclasses
 
     from autopar.elastic import Ranks, train_on_what_is_left
-    from autopar.runtime.places import Role
+    from autopar.runtime.launch.places import Role
     from autopar.runtime.run import run_training, run_training_part
 
     world, place = content.plan.layout.world_size, how.place
@@ -238,8 +238,8 @@ def starter(
     Raises:
         InputError: ``--emulate`` where ranks are started by others.
     """
-    from autopar.runtime.node_run import run_node, run_rank
-    from autopar.runtime.places import Role
+    from autopar.runtime.launch.node_run import run_node, run_rank
+    from autopar.runtime.launch.places import Role
 
     if place.role is not Role.LAUNCHER and emulate is not None:
         raise InputError("--emulate sets up its own nodes: leave it out under torchrun, Slurm and with --nodes")
@@ -252,7 +252,7 @@ def starter(
         yield lambda module, job: run_rank(place, module, [str(job)])
     else:
         with _nodes(emulate, interface) as nodes:
-            from autopar.runtime.launch import launch
+            from autopar.runtime.launch.launcher import launch
 
             yield lambda module, job: launch(
                 module, job, nodes=nodes, ranks_per_node=ranks_per_node, out_dir=out, stall_timeout_s=timeout_s,
@@ -264,8 +264,8 @@ def starter(
 def _nodes(emulate: str | None, interface: str) -> Iterator[tuple[Any, ...]]:
     import dataclasses
 
-    from autopar.runtime.emulate import emulated_cluster, parse_emulation
-    from autopar.runtime.nodes import local_node
+    from autopar.runtime.launch.emulate import emulated_cluster, parse_emulation
+    from autopar.runtime.launch.nodes import local_node
 
     if emulate is None:
         yield (dataclasses.replace(local_node(), interface=interface or None),)

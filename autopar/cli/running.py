@@ -22,8 +22,8 @@ def profile(
     """Measure this machine: operations and collectives over shapes and sizes; fit them; keep points and fits."""
     from autopar.demo import default_ranks, resolve_device
     from autopar.report.tables import profile_table
-    from autopar.runtime.nodes import local_node
-    from autopar.runtime.profile import profile_machine
+    from autopar.runtime.launch.nodes import local_node
+    from autopar.runtime.profile.machine import profile_machine
 
     device = resolve_device(device)
     kind = precision or (Precision.FP32 if device == "cpu" else Precision.BF16)

@@ -139,7 +139,7 @@ def run_plan(
     from autopar.demo import resolve_device
     from autopar.plan import read_plan_file
     from autopar.runtime import job as jobs
-    from autopar.runtime.places import Role, find_place
+    from autopar.runtime.launch.places import Role, find_place
 
     place = find_place(os.environ, nodes=nodes, node_rank=node_rank, master=master)
     how = Execution(

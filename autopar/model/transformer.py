@@ -173,7 +173,7 @@ class Transformer(nn.Module):
     def tensor_parallel_plan(self) -> Mapping[str, str]:
         """How tensor parallelism divides the modules, by name pattern (``*`` is one path component).
 
-        Styles are those of ``autopar.runtime.tensor_styles``.
+        Styles are those of ``autopar.runtime.parallel.tensor_styles``.
         """
         spec, plan = self.spec, {"embedding.token": "vocab", "head": "vocab"}
         if spec.fused_qkv:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from autopar.report.columns import Column, terminal_table
-from autopar.runtime.preflight import Facts, Finding
+from autopar.runtime.preflight.judge import Facts, Finding
 from costmodels.records import to_plain
 from costmodels.units import format_bytes, format_rate, format_seconds
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from autopar.errors import InputError, RunError
 from autopar.measurement import Measurement, read_measurement
-from autopar.runtime.diagnosis import explain_failure
 from autopar.runtime.identity import check_identity
 from autopar.runtime.job import TrainJob, check_job, write_job
-from autopar.runtime.launch import OnMessage, launch
-from autopar.runtime.node_run import run_node, run_rank
-from autopar.runtime.nodes import Node
+from autopar.runtime.launch.diagnosis import explain_failure
+from autopar.runtime.launch.launcher import OnMessage, launch
+from autopar.runtime.launch.node_run import run_node, run_rank
+from autopar.runtime.launch.nodes import Node
+from autopar.runtime.launch.places import Place, Role
+from autopar.runtime.launch.progress import FAILED, read_statuses
 from autopar.runtime.outcome import OUTCOME, Outcome, read_outcome
-from autopar.runtime.places import Place, Role
-from autopar.runtime.progress import FAILED, read_statuses
 
 WORKER = "autopar.runtime.train"
 

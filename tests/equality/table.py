@@ -23,8 +23,8 @@ from autopar.estimate import Setting  # noqa: E402
 from autopar.estimate.traffic import expected_collectives  # noqa: E402
 from autopar.model.build import build_graph  # noqa: E402
 from autopar.plan import Plan, parse_slug  # noqa: E402
-from autopar.runtime.launch import launch  # noqa: E402
-from autopar.runtime.nodes import Node  # noqa: E402
+from autopar.runtime.launch.launcher import launch  # noqa: E402
+from autopar.runtime.launch.nodes import Node  # noqa: E402
 from autopar.workload import Optimizer, Precision, Workload  # noqa: E402
 from costmodels.hardware import load_cluster  # noqa: E402
 from costmodels.stack import load_stack  # noqa: E402

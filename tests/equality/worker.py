@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan, parse_slug
-from autopar.runtime.counting import CollectiveCounter, summed
-from autopar.runtime.mesh import build_mesh
-from autopar.runtime.parallel_model import ParallelModel
-from autopar.runtime.parallelize import parallelize
-from autopar.runtime.progress import report_progress
-from autopar.runtime.worker import joined
+from autopar.runtime.launch.progress import report_progress
+from autopar.runtime.launch.worker import joined
+from autopar.runtime.observe.counting import CollectiveCounter, summed
+from autopar.runtime.parallel.mesh import build_mesh
+from autopar.runtime.parallel.parallel_model import ParallelModel
+from autopar.runtime.parallel.parallelize import parallelize
 
 
 def main(path: str) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from autopar.measurement import CountedCollective
 from autopar.model.spec import ModelSpec
-from autopar.runtime.launch import launch
-from autopar.runtime.nodes import Node
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.launch.nodes import Node
 from costmodels.records import from_plain, to_plain
 
 

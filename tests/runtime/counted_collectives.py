@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from autopar.runtime.measure_links import make_call, slowest, wait_for_all
-from autopar.runtime.nodes import counter_paths
-from autopar.runtime.progress import report_progress
+from autopar.runtime.launch.nodes import counter_paths
+from autopar.runtime.launch.progress import report_progress
+from autopar.runtime.profile.links import make_call, slowest, wait_for_all
 
 REPEATS = 2
 SETTLE_S = 0.1

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from autopar.runtime.parallel_model import ParallelModel
-from autopar.runtime.tensor_parallel import local_tensor
+from autopar.runtime.parallel.parallel_model import ParallelModel
+from autopar.runtime.parallel.tensor_parallel import local_tensor
 
 
 def worst_gradient(model: ParallelModel, whole: Mapping[str, Tensor]) -> float:

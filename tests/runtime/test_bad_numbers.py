@@ -18,10 +18,10 @@ from autopar.errors import RunError
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import parse_slug
-from autopar.runtime.bad_numbers import BACKWARD, FORWARD, Finding, check_numbers, explain
-from autopar.runtime.launch import launch
-from autopar.runtime.nodes import Node
-from autopar.runtime.parallel_model import ParallelModel
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.launch.nodes import Node
+from autopar.runtime.parallel.parallel_model import ParallelModel
+from autopar.runtime.step.bad_numbers import BACKWARD, FORWARD, Finding, check_numbers, explain
 
 SPEC = ModelSpec(
     name="tiny", num_layers=4, hidden_size=16, num_heads=2, num_kv_heads=2, ffn_size=32, vocab_size=32, max_seq_len=8,

@@ -41,8 +41,8 @@ from autopar.runtime.checkpoint.random_state import source_of
 from autopar.runtime.checkpoint.reading import Reader
 from autopar.runtime.checkpoint.tensor_file import DTYPES, TensorToWrite, write_tensors
 from autopar.runtime.checkpoint.writing import Part, merged, part_of, share_of, write_part
-from autopar.runtime.holdings import Cut, Piece, Runs, number_copies, pieces_of
-from autopar.runtime.parallel_model import ParallelModel
+from autopar.runtime.parallel.holdings import Cut, Piece, Runs, number_copies, pieces_of
+from autopar.runtime.parallel.parallel_model import ParallelModel
 
 Made = tuple[ParallelModel, torch.optim.Optimizer]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from autopar.errors import RunError
-from autopar.runtime.launch import launch
-from autopar.runtime.nodes import Node
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.launch.nodes import Node
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 

@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 
 from autopar.errors import InputError, RunError
-from autopar.runtime import emulate
-from autopar.runtime.emulate import PAYLOAD_SHARE, emulated_cluster, parse_emulation, remove_leftovers, why_unavailable
-from autopar.runtime.launch import launch
+from autopar.runtime.launch import emulate
+from autopar.runtime.launch.emulate import (
+    PAYLOAD_SHARE,
+    emulated_cluster,
+    parse_emulation,
+    remove_leftovers,
+    why_unavailable,
+)
+from autopar.runtime.launch.launcher import launch
 from costmodels.collectives import sent_bytes
 from costmodels.stack import load_stack
 
@@ -93,7 +99,7 @@ def test_two_clusters_at_once() -> None:
 @needs_cluster
 def test_leftovers_of_dead_programs_are_removed() -> None:
     program = subprocess.run(
-        [sys.executable, "-c", "import os; from autopar.runtime.emulate import emulated_cluster\n"
+        [sys.executable, "-c", "import os; from autopar.runtime.launch.emulate import emulated_cluster\n"
          "cluster = emulated_cluster(2, 25e6); cluster.__enter__(); print(os.getpid(), flush=True); os._exit(1)"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip

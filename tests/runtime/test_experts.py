@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from autopar.model.spec import ModelSpec, Norm, Position
-from autopar.runtime.launch import launch
-from autopar.runtime.nodes import Node
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.launch.nodes import Node
 
 DROPLESS = ModelSpec(
     name="dropless", num_layers=3, hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=48, vocab_size=64,

@@ -16,10 +16,10 @@ import autopar
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan, parse_slug
-from autopar.runtime.launch import launch
-from autopar.runtime.nodes import Node
-from autopar.runtime.parallel_model import ParallelModel
-from autopar.runtime.precision import cast_when_used, plain_name
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.launch.nodes import Node
+from autopar.runtime.parallel.parallel_model import ParallelModel
+from autopar.runtime.parallel.precision import cast_when_used, plain_name
 
 BATCH, SEQ, STEPS, RATE = 8, 16, 3, 0.5
 DENSE = ModelSpec(

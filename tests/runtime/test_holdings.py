@@ -16,9 +16,9 @@ from torch import nn
 
 import autopar
 from autopar.plan import parse_slug
-from autopar.runtime.holdings import Cut, Piece, cut_runs, pieces_of, whole_model
-from autopar.runtime.launch import launch
-from autopar.runtime.nodes import Node
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.launch.nodes import Node
+from autopar.runtime.parallel.holdings import Cut, Piece, cut_runs, pieces_of, whole_model
 
 PLANS = (
     "dp4.mb1", "dp4.z2.mb1", "dp4.z3.mb1", "dp4.z3.rep2.mb1", "dp2.tp2.mb1", "dp2.tp2.z2.mb1", "dp2.tp2.z3.sp.mb1",

@@ -18,12 +18,12 @@ import pytest
 from autopar.errors import RunError
 from autopar.model.presets import load_preset
 from autopar.plan import parse_slug
-from autopar.runtime.diagnosis import explain_failure
 from autopar.runtime.job import TrainJob
-from autopar.runtime.launch import launch
-from autopar.runtime.nodes import Node, local_node, read_traffic
-from autopar.runtime.processes import end_marked, state_of
-from autopar.runtime.progress import FAILED, RUNNING, Status, read_statuses
+from autopar.runtime.launch.diagnosis import explain_failure
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.launch.nodes import Node, local_node, read_traffic
+from autopar.runtime.launch.processes import end_marked, state_of
+from autopar.runtime.launch.progress import FAILED, RUNNING, Status, read_statuses
 from autopar.runtime.run import run_plans
 from autopar.workload import Precision, Workload
 

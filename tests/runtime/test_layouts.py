@@ -12,10 +12,10 @@ from autopar.measurement import CountedCollective, Measurement
 from autopar.model.spec import ModelSpec, Norm, Position
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import parse_slug
+from autopar.runtime.data.text import standard_library
 from autopar.runtime.job import TrainJob
-from autopar.runtime.nodes import local_node
+from autopar.runtime.launch.nodes import local_node
 from autopar.runtime.run import run_plans
-from autopar.runtime.text import standard_library
 from autopar.workload import Optimizer, Precision, Workload
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from autopar.runtime.memory import live_storages, local_bytes, measure_peak, storages
-from autopar.runtime.pipeline import Observer, Unobserved, observed
+from autopar.runtime.observe.memory import live_storages, local_bytes, measure_peak, storages
+from autopar.runtime.parallel.pipeline import Observer, Unobserved, observed
 
 BATCH, IN, OUT, FP32 = 64, 256, 512, 4
 WEIGHT = IN * OUT * FP32

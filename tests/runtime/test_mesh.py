@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from autopar.errors import PlanError
 from autopar.layout import ORDERS, Layout
 from autopar.plan import parse_slug
-from autopar.runtime.mesh import build_mesh, data_mesh, group_labels, submesh
+from autopar.runtime.parallel.mesh import build_mesh, data_mesh, group_labels, submesh
 
 SLUGS = ("tp2.dp2.pp2.mb1", "tp2.cp2.dp2.mb1", "cp2.dp4.z3.rep2.mb1", "cp2.dp2.z2.tp2.mb1", "pp2.cp4.mb1", "cp8.mb1")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from autopar.errors import InputError
-from autopar.runtime.metrics import (
+from autopar.runtime.rates import Decay, RateSchedule, rate_at
+from autopar.runtime.train.metrics import (
     METRIC_COLUMNS,
     CsvFile,
     Metrics,
@@ -18,7 +19,6 @@ from autopar.runtime.metrics import (
     log_line,
     validation_line,
 )
-from autopar.runtime.rates import Decay, RateSchedule, rate_at
 
 
 def rates(schedule: RateSchedule, steps: int) -> list[float]:

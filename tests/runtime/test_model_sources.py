@@ -19,11 +19,11 @@ from autopar.model.huggingface import load_config
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import Transformer, build, language_model_loss
 from autopar.plan import parse_slug
-from autopar.runtime.launch import launch
-from autopar.runtime.model_source import build_module, objective_of
-from autopar.runtime.nodes import Node
-from autopar.runtime.objective import IGNORED, MaskedTokens, NextToken
-from autopar.runtime.parts import boundaries, skeleton
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.launch.nodes import Node
+from autopar.runtime.models.module import build_module, objective_of
+from autopar.runtime.models.objective import IGNORED, MaskedTokens, NextToken
+from autopar.runtime.parallel.parts import boundaries, skeleton
 from autopar.runtime.sources import unsupported_source
 from autopar.runtime.support import unsupported
 

@@ -10,8 +10,8 @@ from autopar.errors import InputError
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import parse_slug
-from autopar.runtime.optimizer import AdamWOptions, build_optimizer, decay_groups
-from autopar.runtime.parallel_model import ParallelModel
+from autopar.runtime.parallel.parallel_model import ParallelModel
+from autopar.runtime.step.optimizer import AdamWOptions, build_optimizer, decay_groups
 from autopar.workload import Optimizer
 
 SPEC = ModelSpec(

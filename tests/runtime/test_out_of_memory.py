@@ -12,7 +12,7 @@ from autopar.errors import RunError
 from autopar.model.build import build_graph
 from autopar.model.presets import load_preset
 from autopar.plan import PlanFile, parse_slug
-from autopar.runtime.out_of_memory import KNOBS, describe, naming_memory
+from autopar.runtime.step.out_of_memory import KNOBS, describe, naming_memory
 from autopar.workload import Workload
 
 MIB = 2**20
@@ -64,7 +64,7 @@ def test_other_errors_pass() -> None:
 
 LIMITED = """
 import resource, torch
-from autopar.runtime.out_of_memory import naming_memory
+from autopar.runtime.step.out_of_memory import naming_memory
 kept = torch.ones(1 << 20)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20),) * 2)

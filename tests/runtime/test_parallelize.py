@@ -16,10 +16,10 @@ from autopar.errors import InputError, PlanError
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import parse_slug
-from autopar.runtime.launch import launch
-from autopar.runtime.nodes import Node
-from autopar.runtime.parts import Chain, boundaries, find_parts, skeleton
-from autopar.runtime.tensor_styles import resolve_plan
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.launch.nodes import Node
+from autopar.runtime.parallel.parts import Chain, boundaries, find_parts, skeleton
+from autopar.runtime.parallel.tensor_styles import resolve_plan
 
 SPEC = ModelSpec(
     name="t", num_layers=3, hidden_size=16, num_heads=2, num_kv_heads=2, ffn_size=32, vocab_size=20, max_seq_len=8,

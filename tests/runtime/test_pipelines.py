@@ -13,10 +13,10 @@ from autopar.measurement import Measurement
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import build
 from autopar.plan import V_SCHEDULES, parse_slug
-from autopar.runtime.counting import EMBEDDING_AXIS
 from autopar.runtime.job import INSPECTED_STEPS, LEAST_WARMUP, TrainJob
-from autopar.runtime.nodes import local_node
-from autopar.runtime.parts import find_parts
+from autopar.runtime.launch.nodes import local_node
+from autopar.runtime.parallel.mesh import EMBEDDING_AXIS
+from autopar.runtime.parallel.parts import find_parts
 from autopar.runtime.run import run_plans
 from autopar.runtime.support import unsupported
 from autopar.schedule.actions import build_schedule

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from autopar.errors import InputError
-from autopar.runtime.node_run import interface_variables, torchrun_command
-from autopar.runtime.places import Place, Role, find_place
+from autopar.runtime.launch.node_run import interface_variables, torchrun_command
+from autopar.runtime.launch.places import Place, Role, find_place
 
 SLURM = {
     "SLURM_JOB_ID": "7001", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[3-4]", "SLURM_NODEID": "1",

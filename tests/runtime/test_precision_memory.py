@@ -13,8 +13,8 @@ from autopar.model.build import build_graph
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import parse_slug
-from autopar.runtime.memory import live_storages, measure_peak
-from autopar.runtime.optimizer import build_optimizer
+from autopar.runtime.observe.memory import live_storages, measure_peak
+from autopar.runtime.step.optimizer import build_optimizer
 from autopar.workload import Precision, Workload
 from costmodels.hardware import load_cluster
 from costmodels.stack import load_stack

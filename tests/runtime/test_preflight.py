@@ -12,10 +12,10 @@ import pytest
 
 from autopar.cli import run
 from autopar.report.preflight_tables import finding_lines, link_columns, node_columns, preflight_json
-from autopar.runtime import emulate
-from autopar.runtime.emulate import emulated_cluster, why_unavailable
-from autopar.runtime.launch import launch
-from autopar.runtime.preflight import LARGE_BYTES, Facts, Limits, Link, RankFacts, judge, preflight, rounds
+from autopar.runtime.launch import emulate
+from autopar.runtime.launch.emulate import emulated_cluster, why_unavailable
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.preflight.judge import LARGE_BYTES, Facts, Limits, Link, RankFacts, judge, preflight, rounds
 
 NODES = 4
 REASON = why_unavailable()

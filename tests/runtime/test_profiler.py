@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from autopar.errors import InputError
-from autopar.runtime.measure_compute import make_grid
-from autopar.runtime.measure_links import layouts
-from autopar.runtime.nodes import local_node
-from autopar.runtime.profile import profile_machine
-from autopar.runtime.stopwatch import Clock, count_sets, summarize_times, time_operation
+from autopar.runtime.launch.nodes import local_node
+from autopar.runtime.profile.compute import make_grid
+from autopar.runtime.profile.links import layouts
+from autopar.runtime.profile.machine import profile_machine
+from autopar.runtime.profile.stopwatch import Clock, count_sets, summarize_times, time_operation
 from costmodels.calibration import MachineProfile, profile_cluster, read_profile, residuals
 from costmodels.collectives import collective_seconds
 from costmodels.compute import attention_seconds, matmul_seconds, stream_seconds

@@ -16,9 +16,9 @@ from autopar.model.build import build_graph
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import parse_slug
-from autopar.runtime.memory import measure_peak
-from autopar.runtime.pipeline import Observer, Unobserved
-from autopar.runtime.remake import Remaking
+from autopar.runtime.observe.memory import measure_peak
+from autopar.runtime.parallel.pipeline import Observer, Unobserved
+from autopar.runtime.parallel.remake import Remaking
 from autopar.workload import Precision
 
 BATCH, SEQ = 4, 32

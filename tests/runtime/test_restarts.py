@@ -15,12 +15,12 @@ import pytest
 import torch.distributed as dist
 
 from autopar.errors import RunError
-from autopar.runtime.diagnosis import Fault
-from autopar.runtime.launch import launch, why_final
-from autopar.runtime.nodes import Node
-from autopar.runtime.progress import DONE, MESSAGES_VARIABLE, RUNNING, Progress, Status, read_statuses
-from autopar.runtime.rendezvous import agree
-from autopar.runtime.watchdog import stall_message
+from autopar.runtime.launch.diagnosis import Fault
+from autopar.runtime.launch.launcher import launch, why_final
+from autopar.runtime.launch.nodes import Node
+from autopar.runtime.launch.progress import DONE, MESSAGES_VARIABLE, RUNNING, Progress, Status, read_statuses
+from autopar.runtime.launch.rendezvous import agree
+from autopar.runtime.launch.watchdog import stall_message
 from costmodels.records import write_json
 
 STEPS, TIMEOUT_S = 12, 8.0

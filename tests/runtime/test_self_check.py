@@ -14,12 +14,12 @@ from autopar.errors import RunError
 from autopar.model.presets import load_preset
 from autopar.model.spec import ModelSpec
 from autopar.plan import parse_slug
-from autopar.runtime import self_check as checks
 from autopar.runtime.job import TrainJob
-from autopar.runtime.launch import launch
-from autopar.runtime.miniature import miniature
-from autopar.runtime.nodes import Node
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.launch.nodes import Node
 from autopar.runtime.support import unsupported
+from autopar.runtime.train import self_check as checks
+from autopar.runtime.train.miniature import miniature
 from autopar.workload import Optimizer, Precision, Workload
 
 MODEL = ModelSpec(

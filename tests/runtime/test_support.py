@@ -133,6 +133,6 @@ def test_a_job_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_asking_and_launching_import_no_torch() -> None:
-    modules = "autopar.runtime.support, autopar.runtime.run, autopar.runtime.launch"
+    modules = "autopar.runtime.support, autopar.runtime.run, autopar.runtime.launch.launcher"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autopar.runtime.text import Corpus, standard_library
+from autopar.runtime.data.text import Corpus, standard_library
 
 
 def test_shares_make_up_the_global_batch() -> None:

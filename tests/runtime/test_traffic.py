@@ -9,8 +9,8 @@ import pytest
 from autopar.measurement import Measurement
 from autopar.model.spec import ModelSpec
 from autopar.plan import parse_slug
-from autopar.runtime.emulate import emulated_cluster, why_unavailable
 from autopar.runtime.job import TrainJob
+from autopar.runtime.launch.emulate import emulated_cluster, why_unavailable
 from autopar.runtime.run import run_plans
 from autopar.workload import Precision, Workload
 from costmodels.units import parse_bandwidth

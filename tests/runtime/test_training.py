@@ -25,9 +25,9 @@ from autopar.plan import PlanFile, parse_slug, write_plan_file
 from autopar.runtime.data.corpus import training_samples
 from autopar.runtime.identity import differences, identity
 from autopar.runtime.job import Data, Evaluation, Logging, RateSchedule, Saving, Training, TrainJob, check_job
-from autopar.runtime.nodes import local_node
+from autopar.runtime.launch.nodes import local_node
+from autopar.runtime.launch.progress import read_statuses
 from autopar.runtime.outcome import Outcome, read_outcome
-from autopar.runtime.progress import read_statuses
 from autopar.runtime.rates import Decay, rate_at
 from autopar.runtime.run import put_aside, run_training
 from autopar.workload import Precision, Workload

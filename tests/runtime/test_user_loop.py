@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from autopar.runtime.launch import launch
-from autopar.runtime.nodes import Node
+from autopar.runtime.launch.launcher import launch
+from autopar.runtime.launch.nodes import Node
 
 PLANS = (("dp2.z2.mb2", 4), ("pp2.mb2", 8), ("dp2.mb4", 12))
 

@@ -17,8 +17,8 @@ from autopar.model.build import build_graph
 from autopar.model.spec import ModelSpec, Norm, Position
 from autopar.model.transformer import build
 from autopar.plan import parse_slug
-from autopar.runtime.fused import fused_widths, put_rows, row_order
-from autopar.runtime.tensor_styles import resolve_plan
+from autopar.runtime.parallel.fused import fused_widths, put_rows, row_order
+from autopar.runtime.parallel.tensor_styles import resolve_plan
 from autopar.workload import Precision, Workload
 from costmodels.hardware import load_cluster
 from costmodels.stack import load_stack

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.plan import parse_slug
-from autopar.runtime.progress import report_progress, send_message
+from autopar.runtime.launch.progress import report_progress, send_message
 
 BATCH, CLIP, RATE = 8, 0.05, 0.01
 

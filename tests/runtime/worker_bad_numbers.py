@@ -11,8 +11,8 @@ import torch.distributed as dist
 from test_bad_numbers import BATCH, bad_gradient, broken, message_of, model
 
 from autopar.plan import parse_slug
-from autopar.runtime.progress import report_progress, send_message
-from autopar.runtime.worker import joined
+from autopar.runtime.launch.progress import report_progress, send_message
+from autopar.runtime.launch.worker import joined
 
 
 def main(path: str) -> None:

@@ -27,9 +27,9 @@ from autopar.runtime.checkpoint.contents import model_contents, optimizer_conten
 from autopar.runtime.checkpoint.folder import saved_steps, step_path
 from autopar.runtime.checkpoint.manifest import read_manifest
 from autopar.runtime.checkpoint.reading import Reader
-from autopar.runtime.parallel_model import ParallelModel
-from autopar.runtime.progress import report_progress, send_message
-from autopar.runtime.worker import joined
+from autopar.runtime.launch.progress import report_progress, send_message
+from autopar.runtime.launch.worker import joined
+from autopar.runtime.parallel.parallel_model import ParallelModel
 
 # 36, 44 and 50 leave a rest on some of the layouts, and some ranks get none of five positions.
 SPEC = ModelSpec(

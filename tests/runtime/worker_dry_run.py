@@ -9,7 +9,7 @@ from pathlib import Path
 
 from autopar.model.spec import ModelSpec
 from autopar.plan import parse_slug
-from autopar.runtime.dry_run import dry_run
+from autopar.runtime.step.dry_run import dry_run
 from autopar.workload import Workload
 from costmodels.records import from_plain, to_plain
 

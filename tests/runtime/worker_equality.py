@@ -20,14 +20,14 @@ from autopar.model.sequence import SequencePart
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan, parse_slug
-from autopar.runtime import context_parallel, tensor_parallel, vocabulary
-from autopar.runtime.counting import count_collectives, summed
-from autopar.runtime.evaluate import evaluate
-from autopar.runtime.memory import measure_peak
-from autopar.runtime.parallel_model import ParallelModel
-from autopar.runtime.progress import report_progress, send_message
-from autopar.runtime.tensor_parallel import local_tensor
-from autopar.runtime.worker import joined
+from autopar.runtime.launch.progress import report_progress, send_message
+from autopar.runtime.launch.worker import joined
+from autopar.runtime.observe.counting import count_collectives, summed
+from autopar.runtime.observe.memory import measure_peak
+from autopar.runtime.parallel import context_parallel, tensor_parallel, vocabulary
+from autopar.runtime.parallel.parallel_model import ParallelModel
+from autopar.runtime.parallel.tensor_parallel import local_tensor
+from autopar.runtime.step.evaluate import evaluate
 from costmodels.records import from_plain
 
 STEPS, RATE = 4, 0.1

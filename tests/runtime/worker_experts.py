@@ -14,12 +14,12 @@ import autopar
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import Transformer, build, language_model_loss
 from autopar.plan import Plan, parse_slug
-from autopar.runtime.counting import CollectiveCounter
-from autopar.runtime.mesh import build_mesh
-from autopar.runtime.parallel_model import ParallelModel
-from autopar.runtime.progress import report_progress, send_message
-from autopar.runtime.tensor_parallel import local_tensor
-from autopar.runtime.worker import joined
+from autopar.runtime.launch.progress import report_progress, send_message
+from autopar.runtime.launch.worker import joined
+from autopar.runtime.observe.counting import CollectiveCounter
+from autopar.runtime.parallel.mesh import build_mesh
+from autopar.runtime.parallel.parallel_model import ParallelModel
+from autopar.runtime.parallel.tensor_parallel import local_tensor
 
 TOLERANCE = 2e-5
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from autopar.model.spec import ModelSpec
 from autopar.plan import Plan, parse_slug
-from autopar.runtime.counting import count_collectives, summed
-from autopar.runtime.optimizer import build_optimizer
-from autopar.runtime.parallel_model import ParallelModel
-from autopar.runtime.progress import report_progress, send_message
-from autopar.runtime.tensor_parallel import local_tensor
-from autopar.runtime.worker import joined
+from autopar.runtime.launch.progress import report_progress, send_message
+from autopar.runtime.launch.worker import joined
+from autopar.runtime.observe.counting import count_collectives, summed
+from autopar.runtime.parallel.parallel_model import ParallelModel
+from autopar.runtime.parallel.tensor_parallel import local_tensor
+from autopar.runtime.step.optimizer import build_optimizer
 from autopar.workload import Optimizer
 
 

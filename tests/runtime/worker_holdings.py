@@ -17,10 +17,10 @@ import autopar
 from autopar.model.spec import ModelSpec
 from autopar.model.transformer import build, language_model_loss
 from autopar.plan import parse_slug
-from autopar.runtime.holdings import Holding
-from autopar.runtime.progress import report_progress, send_message
-from autopar.runtime.tensor_parallel import local_tensor
-from autopar.runtime.worker import joined
+from autopar.runtime.launch.progress import report_progress, send_message
+from autopar.runtime.launch.worker import joined
+from autopar.runtime.parallel.holdings import Holding
+from autopar.runtime.parallel.tensor_parallel import local_tensor
 
 # 18, 22 and 27 leave a rest on 4 ranks, and some ranks get nothing of two positions.
 UNEVEN = ModelSpec(

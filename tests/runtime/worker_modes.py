@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from autopar.runtime.progress import report_progress, send_message
+from autopar.runtime.launch.progress import report_progress, send_message
 
 
 def oversleep() -> None:

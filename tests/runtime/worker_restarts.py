@@ -11,8 +11,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from autopar.runtime.progress import Progress, report_progress, send_message
-from autopar.runtime.watchdog import guard
+from autopar.runtime.launch.progress import Progress, report_progress, send_message
+from autopar.runtime.launch.watchdog import guard
 
 Sum = Callable[[int, int], float]
 
@@ -79,7 +79,7 @@ def main() -> None:
         progress = stack.enter_context(report_progress())
         guard(progress, timeout_s=job["timeout_s"], folder=folder / "ranks")
         if job["torch"]:
-            from autopar.runtime.worker import joined
+            from autopar.runtime.launch.worker import joined
 
             stack.enter_context(joined("cpu", job["timeout_s"]))
         train(progress, folder, job, sum_by_collective() if job["torch"] else sum_by_files(folder))

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from autopar.errors import RunError
 from autopar.plan import parse_slug
-from autopar.runtime import parallel_model
-from autopar.runtime import self_check as checks
-from autopar.runtime.mesh import build_mesh
-from autopar.runtime.parallel_model import ParallelModel
-from autopar.runtime.progress import report_progress, send_message
-from autopar.runtime.tensor_parallel import local_tensor
-from autopar.runtime.worker import joined
+from autopar.runtime.launch.progress import report_progress, send_message
+from autopar.runtime.launch.worker import joined
+from autopar.runtime.parallel import parallel_model
+from autopar.runtime.parallel.mesh import build_mesh
+from autopar.runtime.parallel.parallel_model import ParallelModel
+from autopar.runtime.parallel.tensor_parallel import local_tensor
+from autopar.runtime.train import self_check as checks
 
 
 def doubled(train_step: Callable[[ParallelModel, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:

@@ -16,10 +16,10 @@ from torch import nn
 import autopar
 from autopar.model.huggingface import load_config
 from autopar.plan import parse_slug
-from autopar.runtime.model_source import build_module, objective_of
-from autopar.runtime.objective import Objective
-from autopar.runtime.progress import report_progress, send_message
-from autopar.runtime.worker import joined
+from autopar.runtime.launch.progress import report_progress, send_message
+from autopar.runtime.launch.worker import joined
+from autopar.runtime.models.module import build_module, objective_of
+from autopar.runtime.models.objective import Objective
 
 TOLERANCE = 2e-5
 

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 import autopar
 from autopar.errors import PlanError
 from autopar.plan import parse_slug
-from autopar.runtime.progress import report_progress, send_message
-from autopar.runtime.worker import joined
+from autopar.runtime.launch.progress import report_progress, send_message
+from autopar.runtime.launch.worker import joined
 
 BATCH = 8
 

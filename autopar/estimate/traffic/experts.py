@@ -1,4 +1,4 @@
-"""Exchange of tokens with experts, as ``autopar.runtime.expert_parallel`` calls it.
+"""Exchange of tokens with experts, as ``autopar.runtime.parallel.expert_parallel`` calls it.
 
 Bytes are those of a router that spreads tokens evenly. What a rank hands over depends on the router; the sum over the
 ranks of a group does not, unless a capacity drops tokens.

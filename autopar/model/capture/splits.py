@@ -1,9 +1,9 @@
 """How tensor parallelism divides captured operations, from a plan of column- and row-wise products.
 
-A plan maps patterns of module paths (``*`` is one path component) to the styles of ``autopar.runtime.tensor_styles``.
-Only column- and row-wise products count here: the vocabulary is found without being told, and modules between products
-follow from these. Without a plan
-products, embeddings and the loss are whole (NONE) and everything between them is TOKENS.
+A plan maps patterns of module paths (``*`` is one path component) to the styles of
+``autopar.runtime.parallel.tensor_styles``. Only column- and row-wise products count here: the vocabulary is found
+without being told, and modules between products follow from these. Without a plan products, embeddings and the loss are
+whole (NONE) and everything between them is TOKENS.
 """
 
 from __future__ import annotations

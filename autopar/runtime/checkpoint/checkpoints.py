@@ -32,7 +32,7 @@ from autopar.runtime.checkpoint.reading import Reader
 from autopar.runtime.checkpoint.restoring import restore
 from autopar.runtime.checkpoint.snapshot import Snapshot, take_snapshot
 from autopar.runtime.checkpoint.writing import merged, write_part
-from autopar.runtime.parallel_model import ParallelModel
+from autopar.runtime.parallel.parallel_model import ParallelModel
 
 Numbers = Mapping[str, Mapping[str, Scalar]]
 

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from autopar.errors import InputError
 from autopar.runtime.checkpoint.manifest import BUFFER, WEIGHT, Scalar
 from autopar.runtime.checkpoint.tensor_file import DTYPE_NAMES, DTYPES
-from autopar.runtime.holdings import Holding, Piece, pieces_of
-from autopar.runtime.parallel_model import ParallelModel
-from autopar.runtime.tensor_parallel import local_tensor
+from autopar.runtime.parallel.holdings import Holding, Piece, pieces_of
+from autopar.runtime.parallel.parallel_model import ParallelModel
+from autopar.runtime.parallel.tensor_parallel import local_tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from autopar.runtime.checkpoint.folder import Tick
 from autopar.runtime.checkpoint.manifest import Damaged, Manifest, StoredTensor, file_name
 from autopar.runtime.checkpoint.tensor_file import DTYPES
-from autopar.runtime.holdings import Piece, pieces_of
+from autopar.runtime.parallel.holdings import Piece, pieces_of
 
 
 class Reader:

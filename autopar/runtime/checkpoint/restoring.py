@@ -17,7 +17,7 @@ from autopar.runtime.checkpoint.random_state import (
     source_of,
 )
 from autopar.runtime.checkpoint.reading import Reader
-from autopar.runtime.parallel_model import ParallelModel
+from autopar.runtime.parallel.parallel_model import ParallelModel
 
 
 def check_fits(

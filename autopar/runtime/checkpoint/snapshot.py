@@ -15,8 +15,8 @@ from autopar.runtime.checkpoint.manifest import Scalar
 from autopar.runtime.checkpoint.random_state import random_states
 from autopar.runtime.checkpoint.ranks import Ranks
 from autopar.runtime.checkpoint.writing import Part, part_of
-from autopar.runtime.holdings import number_copies
-from autopar.runtime.parallel_model import ParallelModel
+from autopar.runtime.parallel.holdings import number_copies
+from autopar.runtime.parallel.parallel_model import ParallelModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

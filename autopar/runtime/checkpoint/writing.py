@@ -24,7 +24,7 @@ from autopar.runtime.checkpoint.manifest import (
     tensor_key,
 )
 from autopar.runtime.checkpoint.tensor_file import DTYPE_NAMES, TensorToWrite, write_tensors
-from autopar.runtime.holdings import Piece
+from autopar.runtime.parallel.holdings import Piece
 
 LEAST_SHARE = 256
 """Elements below which a piece is not divided: not worth an entry of the manifest."""

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from autopar.runtime.data.samples import Samples, split
+from autopar.runtime.data.text import standard_library
 from autopar.runtime.data.tokens import open_tokens
-from autopar.runtime.text import standard_library
 
 Rows = Callable[[int, int], npt.NDArray[np.int64]]
 """From a global index and a number to that many samples, [number, seq_len + 1]."""

@@ -1,0 +1,1 @@
+"""Where the module to train comes from, and what it learns."""

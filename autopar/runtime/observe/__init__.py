@@ -1,0 +1,1 @@
+"""What a step really did: collectives counted, memory held, spans in time."""

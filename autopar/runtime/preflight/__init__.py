@@ -1,0 +1,1 @@
+"""Is every node fit for a long run? Ranks gather facts, ``judge`` judges them."""

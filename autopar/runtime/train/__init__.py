@@ -1,0 +1,1 @@
+"""A training run: ``torchrun -m autopar.runtime.train job.json``."""
