@@ -24,6 +24,8 @@ from costmodels.errors import InputError
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v")
 """Schedules that have closed forms."""
+SPLIT_SCHEDULES = ("zb-h1", "zb-h2", "zb-v", "dualpipe-v")
+"""Schedules whose backward comes in two parts: gradients of inputs, and later those of weights."""
 
 
 def bubble_fraction(num_stages: ArrayLike, num_microbatches: ArrayLike, virtual: ArrayLike = 1) -> Any:
@@ -228,3 +230,38 @@ def peak_in_flight(
         return plain + 0.0 * v
     laps = np.minimum(m * v, (v - 1) * group_sizes(p, m) + 2 * (p - 1 - i) + 1) / v
     return np.where(v > 1, laps, plain)
+
+
+def waiting_at_peak(
+    schedule: str,
+    stage: ArrayLike,
+    num_stages: ArrayLike,
+    num_microbatches: ArrayLike,
+    *,
+    kept: ArrayLike,
+    waiting: ArrayLike,
+) -> Any:
+    """Bytes that a rank's peak lies above ``kept`` times ``peak_in_flight``, where backward comes in two parts.
+
+    From the gradients of inputs to those of weights a microbatch holds its activations and ``waiting`` bytes more. The
+    first stage has no gradient of its input, so that nothing waits there. ZB-H1 and H2 (k = 1, 2): min(k i + 1, m) wait
+    at the peak of i > 0. ZB-V: half a microbatch, one of two virtual stages, while p are held; or, in the tail,
+    i + 1/2 while (p + i)/2 are held. DualPipeV peaks where nothing waits. Exact for the schedules of
+    ``autopar.schedule`` and no more waiting than kept; of ZB-V from 2p - 1 microbatches on, since the tail of fewer is
+    left out.
+
+    Args:
+        schedule: one of SCHEDULES; 0 for those with whole backwards.
+        stage: pipeline rank i.
+        num_stages: pipeline ranks p.
+        num_microbatches: m.
+        kept: bytes of a microbatch's activations on the rank, all its virtual stages.
+        waiting: bytes of the gradients that wait, likewise.
+    """
+    i, p, m, a, w = (np.asarray(x, dtype=float) for x in (stage, num_stages, num_microbatches, kept, waiting))
+    if schedule in ("zb-h1", "zb-h2"):
+        return np.where(i > 0, w * np.minimum((1 if schedule == "zb-h1" else 2) * i + 1, m), 0.0)
+    if schedule == "zb-v":
+        tail = w * (i + 0.5) - a * (peak_in_flight(schedule, i, p, m) - (p + i) / 2)
+        return np.where(m >= 2 * p - 1, np.maximum(w / 2, tail), w / 2)
+    return 0.0 * (i + p + m + a + w)

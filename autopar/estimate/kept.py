@@ -83,6 +83,19 @@ def _really_saved(op: Op, setting: Setting) -> Sequence[SavedTensor]:
     return [*quantized, *(t for t in saved if not t.name.endswith(PRODUCT_INPUT))]
 
 
+def waiting_bytes(ops: Sequence[Op], setting: Setting, degrees: Degrees) -> Any:
+    """Bytes that a split backward keeps from its first part for its second: gradients of the results of weights.
+
+    A weight's gradient needs that of what it made. Source: Qi et al. 2023 (zero bubble), and counted: torch's
+    ``stage_backward_input`` keeps these and, since its graph stays, all that forward kept.
+    """
+    total: Any = np.zeros_like(np.asarray(degrees.tp, dtype=float))
+    for op in ops:
+        if op.parameters and op.kind is not OpKind.EMBEDDING:
+            total = total + op.output_bytes * activation_share(op.output_split, degrees, setting.stack)
+    return total * batch_scale(setting.graph, degrees)
+
+
 def score_bytes(op: Op, setting: Setting, degrees: Degrees) -> Any:
     """Scores that unfused attention keeps: probabilities, and under dropout the mask and the dropped probabilities.
 

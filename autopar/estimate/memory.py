@@ -21,7 +21,7 @@ from autopar.estimate.stages import RankWork
 from autopar.workload import Precision
 from costmodels.memory import sharded
 from costmodels.offload import host_bytes
-from costmodels.pipeline import peak_in_flight
+from costmodels.pipeline import SPLIT_SCHEDULES, peak_in_flight, waiting_at_peak
 
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "working", "buffers", "fragmentation", "reserve")
 
@@ -54,6 +54,7 @@ def rank_memory(
     zero, shards, m = plans.zero[column], plans.shards[column], num_microbatches[column]
     zero = np.where(zero == 1, stack.data.stage_one, zero)
     flight = _in_flight(plans, work, m)
+    between = _between_parts(plans, work, m)
     weights = work.parameters * setting.weight_bytes
     groups = weight_groups(plans, work)
 
@@ -100,6 +101,7 @@ def rank_memory(
     in_block = block.total > loss.total
     full = np.where(in_block, block.activations, loss.activations)
     temporary = np.where(in_block, block.working, loss.working)
+    full = full + between
     at_start = np.where(early, whole, 0.0) + full + temporary
     at_end = whole + late + gradient_of_largest + waiting
     first = at_start >= at_end
@@ -177,6 +179,19 @@ def _in_flight(plans: PlanArrays, work: RankWork, m: Floats) -> Floats:
         name = SCHEDULE_CODES[int(code)].value
         flight[hit] = peak_in_flight(name, ranks[hit], plans.pp[hit, None], m[hit], plans.vp[hit, None])
     return flight
+
+
+def _between_parts(plans: PlanArrays, work: RankWork, m: Floats) -> Floats:
+    """What gradients between the parts of split backwards add to the peak of the activations."""
+    found, ranks = np.zeros_like(work.parameters), work.ranks
+    for code in schedules_of(plans):
+        name = SCHEDULE_CODES[int(code)].value
+        if name in SPLIT_SCHEDULES:
+            hit = plans.schedule == code
+            found[hit] = waiting_at_peak(
+                name, ranks[hit], plans.pp[hit, None], m[hit], kept=work.kept[hit], waiting=work.waiting[hit]
+            )
+    return found
 
 
 def _gathered_bytes(setting: Setting, plans: PlanArrays, work: RankWork) -> Floats:

@@ -22,6 +22,7 @@ from autopar.estimate.kept import (
     op_level_kept_bytes,
     saves_product,
     section_kept_bytes,
+    waiting_bytes,
     working_bytes,
 )
 from autopar.estimate.opcosts import UNFUSED, attention_kernel, launches, op_seconds
@@ -87,6 +88,7 @@ class Prices:
         kept, kept_full: bytes kept for backward without recomputation and with the whole block recomputed.
         kept_linear: ``kept`` without the scores of unfused attention.
         kept_loss: bytes that the loss keeps.
+        waiting: bytes of gradients that a split backward keeps for those of weights.
         freed: bytes that recomputing a module frees.
         working: bytes of the largest operation's temporary results in backward.
         working_adding: the same with the gradients of its own weights, before they are added to those of earlier
@@ -116,6 +118,7 @@ class Prices:
     kept: Floats
     kept_linear: Floats
     kept_loss: Floats
+    waiting: Floats
     kept_full: Floats
     freed: Floats
     working: Floats
@@ -268,6 +271,7 @@ def _price_section(setting: Setting, degrees: Degrees, part: Section, by_module:
         row["kept_linear"] = section_kept_bytes(part.ops, setting, degrees, scores=False)
     losses = [op for op in part.ops if op.kind is OpKind.LOSS]
     row["kept_loss"] += section_kept_bytes(losses, setting, degrees)
+    row["waiting"] += waiting_bytes(part.ops, setting, degrees)
     if stack.memory.working == "operation":
         for op in part.ops:
             temporary = working_bytes(op, setting, degrees)

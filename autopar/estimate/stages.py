@@ -22,9 +22,9 @@ class RankWork:
     Which ranks these are, ``place`` says.
     Seconds of compute and of communication in forward and backward, recomputation apart; ``stall`` are the seconds
     that the device waits for launches; bytes kept per microbatch by the plan's recompute setting, among them
-    ``kept_loss`` by the loss and ``kept_end`` by all that comes after the last block; temporary bytes in blocks and in
-    the model's ends; weights on a tensor parallel rank (``experts`` among them); groups of weights that are sharded
-    together (each block, and the rest).
+    ``kept_loss`` by the loss and ``kept_end`` by all that comes after the last block; bytes ``waiting`` between the two
+    parts of a split backward; temporary bytes in blocks and in the model's ends; weights on a tensor parallel rank
+    (``experts`` among them); groups of weights that are sharded together (each block, and the rest).
     """
 
     forward: Floats
@@ -41,6 +41,7 @@ class RankWork:
     block_activations: Floats
     kept_loss: Floats
     kept_end: Floats
+    waiting: Floats
     working: Floats
     working_adding: Floats
     working_ends: Floats
@@ -232,6 +233,7 @@ def rank_work(
         stall=stall,
         kept=of["kept"] - again.freed,
         kept_loss=of["kept_loss"],
+        waiting=of["waiting"],
         kept_end=_totals({"kept": prices.kept}, rows, counts * is_end)["kept"],
         # A shared weight that lies on another pipeline rank than its owner is a second copy.
         parameters=of["parameters"] + np.where(several, of["shared"], 0.0),
@@ -246,8 +248,8 @@ def rank_work(
 
 TOTALS = (
     "forward", "backward", "tensor_forward", "tensor_backward", "context_forward", "context_backward",
-    "expert_forward", "expert_backward", "calls", "kept", "kept_loss", "parameters", "shared", "experts", "vocabulary",
-    "num_parameters",
+    "expert_forward", "expert_backward", "calls", "kept", "kept_loss", "waiting", "parameters", "shared", "experts",
+    "vocabulary", "num_parameters",
 )  # fmt: skip
 """Prices that a rank has of every section that it holds."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from autopar.model.transformer import build, language_model_loss
 from autopar.plan import Plan, parse_slug
 from autopar.runtime.launch.launcher import launch
 from autopar.runtime.launch.nodes import Node
+from autopar.runtime.parallel.gradients import add_nothing, add_nothing_in_turn
 from autopar.runtime.parallel.parallel_model import ParallelModel
 from autopar.runtime.parallel.precision import cast_when_used, plain_name
 
@@ -211,3 +213,21 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm() -> None:
 
 def test_without_gradients_the_norm_is_zero() -> None:
     assert parallel(parse_slug("mb8"), DENSE, None).clip_grad_norm_(1.0) == 0
+
+
+def hooks_run(total: Callable[[list[nn.Parameter]], Tensor], number: int) -> list[int]:
+    """Order in which the hooks behind parameters run in a backward pass from ``total`` of them."""
+    parameters, seen = [nn.Parameter(torch.ones(2)) for _ in range(number)], list[int]()
+    nodes = [p.view_as(p).grad_fn.next_functions[0][0] for p in parameters]  # type: ignore[union-attr]
+    for index, node in enumerate(nodes):
+        node.register_hook(lambda *grads, index=index: seen.append(index))
+    total(parameters).backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is None for parameter in parameters)
+    return seen
+
+
+def test_a_late_reduction_fills_buckets_in_the_order_of_a_backward_pass() -> None:
+    """DDP rebuilds its buckets in the order of the hooks. Control: one node for all parameters mixes them up."""
+    backward = list(reversed(range(40)))
+    assert hooks_run(add_nothing_in_turn, 40) == backward
+    assert sorted(hooks_run(add_nothing, 40)) == sorted(backward) and hooks_run(add_nothing, 40) != backward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from autopar.schedule.notation import (
     row_text,
 )
 from autopar.schedule.simulate import Duration, simulate, simulate_shared, with_halves
-from costmodels.pipeline import group_size, in_flight, peak_in_flight
+from costmodels.pipeline import group_size, in_flight, peak_in_flight, waiting_at_peak
 
 KINDS = [
     (ScheduleName.GPIPE, 1),
@@ -92,6 +93,37 @@ def test_activations_in_flight_equal_the_closed_form(case, weight_share: float) 
         if name in (ScheduleName.GPIPE, ScheduleName.ONE_F_ONE_B, ScheduleName.INTERLEAVED):
             first = name is ScheduleName.GPIPE
             assert float(in_flight(rank, ranks, microbatches, virtual, all_forward_first=first)) == float(closed)
+
+
+def peak_bytes(actions: Sequence[Action], virtual: int, kept: float, waiting: float) -> float:
+    """Highest sum over a rank's actions: activations from forward to the last part of backward, and what waits between
+    both parts, which the model's first stage has nothing of."""
+    held = highest = 0.0
+    for action in actions:
+        part = waiting if action.stage > 0 else 0.0
+        held += {Direction.FORWARD: kept, Direction.BACKWARD_INPUT: part}.get(action.direction, 0.0) / virtual
+        highest = max(highest, held)
+        done = {Direction.BACKWARD: kept, Direction.BACKWARD_WEIGHT: kept + part}
+        held -= done.get(action.direction, 0.0) / virtual
+    assert held == pytest.approx(0.0)
+    return highest
+
+
+@given(CASES, st.sampled_from([0.3, 0.7, 1.0]))
+def test_gradients_that_wait_for_their_weights_add_the_closed_form(case, waiting: float) -> None:
+    (name, virtual), ranks, microbatches = case
+    if name is ScheduleName.ZB_H1 and virtual > 1:
+        return
+    schedule = build_schedule(name, ranks, microbatches, virtual)
+    for rank in range(ranks):
+        exact = peak_bytes(schedule[rank], virtual, 1.0, waiting)
+        closed = peak_in_flight(name, rank, ranks, microbatches, virtual) + waiting_at_peak(
+            name, rank, ranks, microbatches, kept=1.0, waiting=waiting
+        )
+        if name is ScheduleName.ZB_V and microbatches < 2 * ranks - 1:
+            assert float(closed) <= exact + 1e-9
+        else:
+            assert float(closed) == pytest.approx(exact)
 
 
 @pytest.mark.parametrize(("ranks", "peak"), [(4, 4.0), (8, 8.0)])

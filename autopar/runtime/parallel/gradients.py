@@ -35,6 +35,15 @@ def add_nothing(parameters: Sequence[nn.Parameter]) -> Tensor:
     return result
 
 
+def add_nothing_in_turn(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """As ``add_nothing``, with the hooks run from the last parameter to the first.
+
+    That is the order of a backward pass, in which DDP fills its buckets. Nodes made later run earlier in autograd,
+    while the order among the inputs of one node is not defined.
+    """
+    return torch.stack([add_nothing([parameter]) for parameter in parameters]).sum()
+
+
 def expect_reduction(module: nn.Module) -> None:
     """The backward pass that comes next reduces the gradients (FSDP2 is told by ``accumulating``)."""
     if isinstance(module, DistributedDataParallel):
@@ -51,7 +60,7 @@ def reduce_accumulated(module: nn.Module, parameters: Sequence[nn.Parameter], *,
     """
     if isinstance(module, DistributedDataParallel):
         expect_reduction(module)
-        add_nothing(parameters).backward()  # type: ignore[no-untyped-call]
+        add_nothing_in_turn(parameters).backward()  # type: ignore[no-untyped-call]
     elif isinstance(module, FSDPModule):
         sharded = cast(FSDPModule, module)
         sharded.set_requires_gradient_sync(True)
