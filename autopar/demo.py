@@ -29,7 +29,8 @@ from autopar.search.exhaustive import SearchResult, search
 from autopar.search.space import Space
 from autopar.validate import compare
 from autopar.workload import Precision, Workload
-from costmodels.calibration import MachineProfile, profile_cluster, read_profile
+from costmodels.calibration import MachineProfile, profile_cluster, read_profile, with_fits
+from costmodels.speed import slowed, slowness
 
 if TYPE_CHECKING:
     from autopar.report.content import DemoReport
@@ -223,6 +224,7 @@ def demo(options: DemoOptions, say: Say, progress: OnMessage) -> DemoReport:
         RunError: a run failed.
     """
     from autopar.report.content import DemoReport
+    from autopar.report.tables import speed_note
 
     options.out.mkdir(parents=True, exist_ok=True)
     spec, workload = demo_model(options.device)
@@ -231,6 +233,10 @@ def demo(options: DemoOptions, say: Say, progress: OnMessage) -> DemoReport:
     else:
         profile, found, setting, estimates, measured, reference = _measure(options, spec, workload, say, progress)
     collectives = {e.plan.slug: expected_collectives(setting, e.plan) for e in estimates}
+    validation = compare(
+        estimates, measured, collectives=collectives, at_speed=predict_at_speed(setting, profile, measured)
+    )
+    note = speed_note(validation)
     return DemoReport(
         title=_title(spec, profile),
         command=options.command,
@@ -242,10 +248,25 @@ def demo(options: DemoOptions, say: Say, progress: OnMessage) -> DemoReport:
         result=dataclasses.replace(found, best=found.best[:SHOWN_PLANS]),
         estimates=estimates,
         measurements=measured,
-        validation=compare(estimates, measured, collectives=collectives),
+        validation=validation,
+        notes=(note,) if note else (),
         reference=reference,
         reference_estimate=estimate(single_process(setting), reference.plan),
     )
+
+
+def predict_at_speed(
+    setting: Setting, profile: MachineProfile, measured: Sequence[Measurement]
+) -> dict[str, tuple[float, float]]:
+    """By slug how many times slower the machine was in a run than in the profile, and the step predicted for that."""
+    found = {}
+    for run in measured:
+        factor = slowness(profile, run.yardstick_s)
+        if factor is not None:
+            slower = with_fits(slowed(profile, factor))
+            then = dataclasses.replace(setting, cluster=profile_cluster(slower), stack=runtime_stack(slower))
+            found[run.slug] = (factor, estimate(then, run.plan).step_s)
+    return found
 
 
 _Found = tuple[

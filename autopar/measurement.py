@@ -116,6 +116,8 @@ class Measurement:
         losses: mean loss of the global batch, each step.
         step_s: wall seconds of each timed step (the slowest rank's), warm-up and inspected steps left out.
         grad_norms: norm of the global gradient, each step, where it was taken.
+        yardstick_s: seconds of the profile's yardstick on all ranks at once after each timed step, the mean of the
+            ranks; empty where it was not taken.
         ranks: by rank.
         traffic: by node, where interfaces were counted.
     """
@@ -133,6 +135,7 @@ class Measurement:
     ranks: tuple[RankMeasurement, ...]
     traffic: tuple[NodeTraffic, ...] = field(default=())
     grad_norms: tuple[float, ...] = ()
+    yardstick_s: tuple[float, ...] = ()
 
     @property
     def median_step_s(self) -> float:

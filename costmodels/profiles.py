@@ -138,6 +138,8 @@ class MachineProfile:
             parallelism, likewise), ``fsdp.module.forward`` and ``.backward`` (a module wrapped by fully_shard),
             ``pipeline.action`` (one forward or backward of one microbatch), ``collective.wait`` (a collective
             between passes, while ranks that share processors wait for one).
+        yardstick_s: seconds of a fixed piece of work on every rank at once, by which runs at other times know how much
+            faster or slower the machine is then; 0 where it was not measured.
         fits: see Fit.
         corrections: made to the points since they were measured.
     """
@@ -159,6 +161,7 @@ class MachineProfile:
     link_rate: float | None = None
     link_efficiency: float = 1.0
     host_overheads: Mapping[str, float] = field(default_factory=dict)
+    yardstick_s: float = 0.0
     fits: tuple[Fit, ...] = ()
     corrections: tuple[Correction, ...] = ()
 

@@ -25,13 +25,13 @@ from autopar.report.rows import (
 )
 from autopar.report.style import time_scale, to_svg
 from autopar.report.tables import (
-    VALIDATION_CAPTION,
     breakdown_columns,
     memory_columns,
     plans_caption,
     profile_columns,
     profile_line,
     search_line,
+    validation_caption,
 )
 from autopar.search.reason import reason
 from costmodels.units import format_count
@@ -156,7 +156,7 @@ def _comparison(report: DemoReport, figures: _Figures) -> _Section:
     columns = validation_page_columns(report.validation, report.run_names())
     body = (
         f"{figures.html('predicted-measured', 'narrow')}"
-        f"{html_table(columns, strong=(0,))}<p class=legend>{escape(VALIDATION_CAPTION)}</p>"
+        f"{html_table(columns, strong=(0,))}<p class=legend>{escape(validation_caption(report.validation))}</p>"
         f"{_alone(report)}{_agreement(report)}"
     )
     return _Section("comparison", "Predicted against measured", body)

@@ -209,6 +209,11 @@ def validation_columns(validation: Validation) -> list[Column]:
         ),
         Column(header="memory error", cells=tuple(signed_percent(c.memory_error) for c in rows), drop=1),
     ]
+    if validation.at_speed is not None:
+        columns[4:4] = [
+            Column(header="machine", cells=tuple(f"{c.slowness or 1:.2f}" for c in rows), drop=3),
+            Column(header="error then", cells=tuple(signed_percent(c.at_speed_error or 0.0) for c in rows), drop=2),
+        ]
     if any(c.collectives is not None for c in rows):
         cells = tuple(
             "not checked" if c.collectives is None
@@ -224,6 +229,15 @@ VALIDATION_CAPTION = (
     "error: predicted / measured - 1. measured: median of the timed steps; noise: distance of their quartiles over the "
     "median. order: place by measured time. Memory: peak of the rank that holds most."
 )
+SPEED_CAPTION = (
+    " machine: seconds of the same small piece of work between the steps of this run, over those during the profile; "
+    "error then: of the prediction for a machine of that speed."
+)
+
+
+def validation_caption(validation: Validation) -> str:
+    """What the columns mean."""
+    return VALIDATION_CAPTION + (SPEED_CAPTION if validation.at_speed is not None else "")
 
 
 def verdict(validation: Validation) -> str:
@@ -241,13 +255,27 @@ def verdict(validation: Validation) -> str:
     )
 
 
+def speed_note(validation: Validation) -> str:
+    """What changes once the machine's speed during each run is known; empty where it is not."""
+    found = validation.at_speed
+    if found is None:
+        return ""
+    tau = "-" if found.kendall_tau is None else f"{found.kendall_tau:.2f}"
+    return (
+        f"During the runs the machine took {found.fastest:.2f} to {found.slowest:.2f} times as long as during the "
+        f"profile; predicted for the speed of each run, the step time has a median error of "
+        f"{percent(found.time_error_median)}, worst {percent(found.time_error_worst)}, Kendall tau {tau}."
+    )
+
+
 def validation_table(validation: Validation, *, width: int = 120) -> RenderableType:
     """Predicted against measured, with the figures of merit below."""
     from rich.console import Group
     from rich.text import Text
 
     table = terminal_table(validation_columns(validation), width, title="Predicted against measured", strong=(0,))
-    return Group(table, Text(), Text(verdict(validation)), Text(VALIDATION_CAPTION, style="dim"))
+    said = [Text(line) for line in (verdict(validation), speed_note(validation)) if line]
+    return Group(table, Text(), *said, Text(validation_caption(validation), style="dim"))
 
 
 def profile_columns(profile: MachineProfile) -> list[Column]:

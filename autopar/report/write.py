@@ -14,7 +14,7 @@ from autopar.report.gallery import draw
 from autopar.report.page import render_page
 from autopar.report.rows import loss_distance
 from autopar.report.style import save_png
-from autopar.report.tables import VALIDATION_CAPTION, search_line, validation_columns, verdict
+from autopar.report.tables import search_line, validation_caption, validation_columns, verdict
 from autopar.report.trace import chrome_trace
 from autopar.search.reason import reason
 from costmodels.records import to_plain, write_json, write_text
@@ -101,7 +101,7 @@ def table_csv(report: DemoReport) -> str:
 
 def readme(report: DemoReport) -> str:
     """The figures in Markdown."""
-    best = report.recommended
+    best, said = report.recommended, verdict(report.validation)
     machine = "\n".join(f"- {name}: {text}" for name, text in report.machine.items())
     notes = "".join(f"\n{note}\n" for note in report.notes)
     return (
@@ -110,9 +110,9 @@ def readme(report: DemoReport) -> str:
         "`traces/` in ui.perfetto.dev for a step of every plan, predicted beside measured.\n\n"
         f"{machine}\n\n"
         f"Recommended: `{best.plan.slug}` ({search_line(report.result)}).\n\n"
-        f"{verdict(report.validation).capitalize()}.\n{notes}\n"
+        f"{said[0].upper()}{said[1:]}.\n{notes}\n"
         f"{markdown_table(validation_columns(report.validation))}\n"
-        f"{VALIDATION_CAPTION}\n\n"
+        f"{validation_caption(report.validation)}\n\n"
         "![Predicted against measured](plots/predicted-measured.png)\n\n"
         "![Predicted step by its parts](plots/step-breakdown.png)\n"
     )

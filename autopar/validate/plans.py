@@ -6,6 +6,7 @@ measurements; ``summarise`` judges any list of comparisons, whatever it was join
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,6 +75,9 @@ class Comparison:
         memory_error: of that peak.
         stages: peaks by pipeline rank.
         collectives: agreement of predicted and counted collectives, None where no prediction was given.
+        slowness: seconds of the yardstick during the run over those during the profile; None where one is missing.
+        at_speed_s: the step predicted for a machine as slow as it was during the run.
+        at_speed_error: of that.
     """
 
     slug: str
@@ -88,6 +92,26 @@ class Comparison:
     memory_error: float
     stages: tuple[StageMemory, ...] = ()
     collectives: CollectiveCheck | None = None
+    slowness: float | None = None
+    at_speed_s: float | None = None
+    at_speed_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AtSpeed:
+    """Agreement once the machine's speed during each run is known.
+
+    Attributes:
+        slowest, fastest: extremes of ``slowness``.
+        time_error_median, time_error_worst: absolute errors of the step time.
+        kendall_tau: of what was predicted for each run's speed and what was measured.
+    """
+
+    slowest: float
+    fastest: float
+    time_error_median: float
+    time_error_worst: float
+    kendall_tau: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +127,7 @@ class Validation:
         chosen: slug of the plan predicted fastest, ties to less predicted memory, then to the slug's order.
         best: slug of the plan measured fastest.
         regret: measured time of ``chosen`` over that of ``best``, minus 1.
+        at_speed: None unless every run knows how fast the machine was.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -114,6 +139,7 @@ class Validation:
     chosen: str
     best: str
     regret: float
+    at_speed: AtSpeed | None = None
 
     def of(self, slug: str) -> Comparison:
         """The comparison of one plan. Raises InputError if it is not among them."""
@@ -124,7 +150,11 @@ class Validation:
 
 
 def compare(
-    estimates: Sequence[Estimate], measurements: Sequence[Measurement], *, collectives: Collectives | None = None
+    estimates: Sequence[Estimate],
+    measurements: Sequence[Measurement],
+    *,
+    collectives: Collectives | None = None,
+    at_speed: Mapping[str, tuple[float, float]] | None = None,
 ) -> Validation:
     """Join estimates with measurements by slug.
 
@@ -132,6 +162,8 @@ def compare(
         estimates: predictions, one per plan that was run.
         measurements: runs of the same plans, in any order.
         collectives: what each rank was predicted to call in a step, by slug; plans without an entry are not checked.
+        at_speed: how many times slower the machine was during the run than during the profile, and the step predicted
+            for a machine that slow, by slug.
 
     Raises:
         InputError: nothing to compare, a plan twice, a plan on one side only, or a run without timed steps.
@@ -145,10 +177,14 @@ def compare(
     ):
         if missing:
             raise InputError(f"cannot compare: {what} {', '.join(sorted(missing))}")
-    expected = collectives or {}
-    return summarise(
-        [compare_one(estimate, measured[slug], expected.get(slug)) for slug, estimate in predicted.items()]
-    )
+    expected, speeds = collectives or {}, at_speed or {}
+    compared = [compare_one(estimate, measured[slug], expected.get(slug)) for slug, estimate in predicted.items()]
+    return summarise([_at_speed(one, *speeds[one.slug]) if one.slug in speeds else one for one in compared])
+
+
+def _at_speed(comparison: Comparison, slowness: float, step_s: float) -> Comparison:
+    error = relative_error(step_s, comparison.measured_step_s)
+    return dataclasses.replace(comparison, slowness=slowness, at_speed_s=step_s, at_speed_error=error)
 
 
 def _by_slug(named: Sequence[tuple[str, Item]], what: str) -> dict[str, Item]:
@@ -282,7 +318,22 @@ def summarise(comparisons: Sequence[Comparison]) -> Validation:
         chosen=chosen.slug,
         best=best.slug,
         regret=chosen.measured_step_s / best.measured_step_s - 1,
+        at_speed=_summary_at_speed(ranked),
     )
+
+
+def _summary_at_speed(comparisons: Sequence[Comparison]) -> AtSpeed | None:
+    known = [
+        (c.slowness, c.at_speed_s, abs(c.at_speed_error), c.measured_step_s) for c in comparisons
+        if c.slowness is not None and c.at_speed_s is not None and c.at_speed_error is not None
+    ]  # fmt: skip
+    if len(known) < len(comparisons):
+        return None
+    slowness, predicted, errors, measured = zip(*known, strict=True)
+    return AtSpeed(
+        slowest=max(slowness), fastest=min(slowness), time_error_median=statistics.median(errors),
+        time_error_worst=max(errors), kendall_tau=kendall_tau(predicted, measured),
+    )  # fmt: skip
 
 
 def kendall_tau(left: Sequence[float], right: Sequence[float]) -> float | None:

@@ -1,5 +1,6 @@
 """A quick profile of two real ranks gives a cluster that predicts what it has not measured."""
 
+import dataclasses
 import math
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 
 from autopar.errors import InputError
 from autopar.runtime.launch.nodes import local_node
-from autopar.runtime.profile.compute import make_grid
+from autopar.runtime.profile.compute import Paced, at_one_speed, make_grid
 from autopar.runtime.profile.links import layouts
 from autopar.runtime.profile.machine import profile_machine
 from autopar.runtime.profile.stopwatch import Clock, count_sets, summarize_times, time_operation
 from costmodels.calibration import MachineProfile, profile_cluster, read_profile, residuals
 from costmodels.collectives import collective_seconds
 from costmodels.compute import attention_seconds, matmul_seconds, stream_seconds
+from costmodels.profiles import ComputePoint
 
 OVERHEADS = {
     "tensor_parallel.linear.forward", "tensor_parallel.linear.backward", "tensor_parallel.norm.forward",
@@ -156,3 +158,17 @@ def test_grid_covers_what_a_model_may_use(quick: bool) -> None:
         assert min(sizes) <= low and max(sizes) >= high
     assert len(set(grid.matmuls)) == len(grid.matmuls) >= 10
     assert len({shape[2] for shape in grid.attentions}) >= 3, "a length fit needs several lengths"
+
+
+def test_points_of_a_machine_that_changed_its_speed_are_those_of_one() -> None:
+    """The true seconds are 2.0 at the median speed; without a yardstick nothing is changed."""
+    point = ComputePoint(
+        kind="elementwise", phase="forward", dims={"tokens": 8, "width": 8}, flops=0.0, num_bytes=1.0, seconds=2.0,
+        spread=0.0,
+    )  # fmt: skip
+    paces = (0.5, 1.0, 1.5, 1.0, 2.0)
+    found = [Paced(points=(dataclasses.replace(point, seconds=2.0 * pace),), pace=pace) for pace in paces]
+    points, reference = at_one_speed(found)
+    assert reference == 1.0 and [p.seconds for p in points] == pytest.approx([2.0] * 5)
+    unknown = [dataclasses.replace(paced, pace=0.0) for paced in found]
+    assert at_one_speed(unknown) == (tuple(p for paced in unknown for p in paced.points), 0.0)

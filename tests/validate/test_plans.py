@@ -197,3 +197,19 @@ def test_missing_and_doubled_plans_are_named(sample_estimates: list[Estimate], s
 def test_validation_survives_json(sample_estimates: list[Estimate], sample_measurements: list[Measurement]) -> None:
     found = compare(sample_estimates, sample_measurements)
     assert from_plain(Validation, json.loads(json.dumps(to_plain(found), allow_nan=False)), "validation") == found
+
+
+def test_what_the_speed_of_the_machine_explains(
+    sample_setting: Setting, sample_estimates: list[Estimate], measure: Measure
+) -> None:
+    """Runs on a machine that took 1.5 and 2 times as long are predicted exactly once that is known."""
+    chosen, slowness = sample_estimates[:2], (1.5, 2.0)
+    runs = [measure(sample_setting, e, time=factor) for e, factor in zip(chosen, slowness, strict=True)]
+    speeds = {e.plan.slug: (f, f * e.step_s) for e, f in zip(chosen, slowness, strict=True)}
+    found = compare(chosen, runs, at_speed=speeds)
+    assert found.time_error_worst == pytest.approx(0.5)
+    assert found.at_speed is not None and found.at_speed.time_error_worst == pytest.approx(0.0, abs=1e-12)
+    assert (found.at_speed.fastest, found.at_speed.slowest) == slowness
+    partly = compare(chosen, runs, at_speed={chosen[0].plan.slug: speeds[chosen[0].plan.slug]})
+    assert partly.at_speed is None
+    assert partly.comparisons[0].slowness is None or partly.comparisons[1].slowness is None

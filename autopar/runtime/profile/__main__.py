@@ -6,11 +6,13 @@ Rank 0 writes the profile with its fits.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import sys
 import warnings
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -19,8 +21,17 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from autopar.runtime.launch.progress import Progress, report_progress, send_message
 from autopar.runtime.launch.worker import device_name
-from autopar.runtime.profile.compute import DTYPES, make_grid, measure_bandwidth, measure_compute
+from autopar.runtime.observe.yardstick import Yardstick
+from autopar.runtime.profile.compute import (
+    DTYPES,
+    Paced,
+    at_one_speed,
+    make_grid,
+    measure_bandwidth,
+    measure_compute,
+)
 from autopar.runtime.profile.links import (
+    PACE_ROUNDS,
     QUICK_SIZES,
     SIZES,
     layouts,
@@ -80,17 +91,24 @@ def _start(job: ProfileJob) -> torch.device:
 def _profile(job: ProfileJob, device: torch.device, reporter: _Reporter) -> None:
     clock, rank, ranks = Clock(device), dist.get_rank(), dist.get_world_size()
     grid = make_grid(job.device, job.quick)
-    compute: list[ComputePoint] = []
-    bandwidth = 0.0
-    if rank == 0:
-        for part, points in measure_compute(clock, job.precision, grid):
-            compute += points
-            reporter.finished(part)
-        bandwidth = measure_bandwidth(clock, grid)
+    work = Yardstick(DTYPES[job.precision]) if job.device == "cpu" else None
+    pace = partial(work.seconds, PACE_ROUNDS) if work else None
     mesh = init_device_mesh(job.device, (ranks, 1), mesh_dim_names=("others", "alone"))["alone"]
+    compute: tuple[ComputePoint, ...] = ()
     overheads: dict[str, float] = {}
+    bandwidth = alone = 0.0
     if rank == 0:
+        paced: list[Paced] = []
+        for part, points in measure_compute(clock, job.precision, grid, pace):
+            paced += points
+            reporter.finished(part)
+        compute, alone = at_one_speed(paced)
+        bandwidth = measure_bandwidth(clock, grid)
+        before = pace() if pace else 0.0
         overheads = measure_overheads(clock, mesh, mesh.get_group(), 10 if job.quick else 40)
+        if pace:
+            factor = 2 * alone / (before + pace())
+            overheads = {name: seconds * factor for name, seconds in overheads.items()}
         reporter.finished("host overheads")
     wait_for_all()
     sharing: tuple[SharingPoint, ...] = ()
@@ -99,11 +117,15 @@ def _profile(job: ProfileJob, device: torch.device, reporter: _Reporter) -> None
         sharing = measure_sharing(DTYPES[job.precision], window)
         overheads["collective.wait"] = measure_waiting(device, job.num_nodes, DTYPES[job.precision], window)
     reporter.finished("sharing")
+    # On all ranks at once, at the speed that the points are of; rank 0 alone knows it and writes.
+    yardstick = alone * max((point.slowdown for point in sharing), default=1.0)
     collectives: list[CollectivePoint] = []
     budget = _QUICK_LINK_BUDGET_S if job.quick else _LINK_BUDGET_S
     sizes = QUICK_SIZES if job.quick else SIZES
-    for part, found in measure_collectives(device, job.num_nodes, sizes, budget, job.link_rate):
-        collectives += found
+    moved = work if job.num_nodes == 1 else None
+    for part, found, around in measure_collectives(device, job.num_nodes, sizes, budget, job.link_rate, moved):
+        scale = yardstick / around if yardstick and around else 1.0
+        collectives += [dataclasses.replace(point, seconds=point.seconds * scale) for point in found]
         reporter.finished(part)
     if rank == 0:
         profile = MachineProfile(
@@ -113,8 +135,8 @@ def _profile(job: ProfileJob, device: torch.device, reporter: _Reporter) -> None
             versions={"python": platform.python_version(), "torch": torch.__version__, "autopar": version("autopar")},
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             peaks={"flops": max(p.flops / p.seconds for p in compute), "memory_bandwidth": bandwidth},
-            compute=tuple(compute), sharing=sharing, collectives=tuple(collectives), link_rate=job.link_rate,
-            link_efficiency=job.link_efficiency, host_overheads=overheads,
+            compute=compute, sharing=sharing, collectives=tuple(collectives), link_rate=job.link_rate,
+            link_efficiency=job.link_efficiency, host_overheads=overheads, yardstick_s=yardstick,
         )  # fmt: skip
         write_profile(job.out, with_fits(profile))
     wait_for_all()

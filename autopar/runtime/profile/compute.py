@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from autopar.runtime.profile.stopwatch import Clock, Timing, count_sets, time_operation
 from costmodels.profiles import ComputePoint, stream_bytes
+from costmodels.speed import scaled_points
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Dims = Mapping[str, int]
@@ -68,24 +70,52 @@ def make_grid(device: str, quick: bool) -> Grid:
     )
 
 
-def measure_compute(clock: Clock, precision: str, grid: Grid) -> Iterator[tuple[str, tuple[ComputePoint, ...]]]:
-    """Measure every operation of the grid. Yields (part, its points), so that a caller can report progress."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Paced:
+    """Points of one operation, and seconds of the yardstick around them; 0 where nobody measured it."""
+
+    points: tuple[ComputePoint, ...]
+    pace: float
+
+
+def measure_compute(
+    clock: Clock, precision: str, grid: Grid, pace: Callable[[], float] | None = None
+) -> Iterator[tuple[str, tuple[Paced, ...]]]:
+    """Measure every operation of the grid. Yields (part, its points), so that a caller can report progress.
+
+    Args:
+        pace: seconds of the yardstick now, asked before and after every operation.
+    """
     meter = _Meter(clock=clock, dtype=DTYPES[precision], budget_s=grid.budget_s)
-    yield (
-        "matmul",
-        tuple(
-            p
-            for shape in grid.matmuls[: 0 if __import__("os").environ.get("SKIP") else None]
-            for p in meter.matmul(*shape)
-        ),
-    )
-    yield "attention", tuple(p for shape in grid.attentions for p in meter.attention(*shape))
     streams = (grid.tiny, *grid.streams)
-    for kind in ("normalization", "activation", "elementwise"):
-        yield kind, tuple(p for shape in streams for p in meter.stream(kind, *shape))
-    yield "embedding", tuple(p for shape in grid.embeddings for p in meter.embedding(*shape))
-    yield "loss", tuple(p for shape in grid.losses for p in meter.loss(*shape))
-    yield "optimizer", tuple(meter.optimizer(parameters) for parameters in grid.optimizers)
+    parts: dict[str, list[Callable[[], tuple[ComputePoint, ...]]]] = {
+        "matmul": [partial(meter.matmul, *shape) for shape in grid.matmuls],
+        "attention": [partial(meter.attention, *shape) for shape in grid.attentions],
+        **{
+            kind: [partial(meter.stream, kind, *shape) for shape in streams]
+            for kind in ("normalization", "activation", "elementwise")
+        },
+        "embedding": [partial(meter.embedding, *shape) for shape in grid.embeddings],
+        "loss": [partial(meter.loss, *shape) for shape in grid.losses],
+        "optimizer": [partial(meter.optimizer, parameters) for parameters in grid.optimizers],
+    }
+    before = pace() if pace else 0.0
+    for part, operations in parts.items():
+        found = []
+        for measure in operations:
+            points = measure()
+            after = pace() if pace else 0.0
+            found.append(Paced(points=points, pace=(before + after) / 2))
+            before = after
+        yield part, tuple(found)
+
+
+def at_one_speed(found: Sequence[Paced]) -> tuple[tuple[ComputePoint, ...], float]:
+    """All points as if the machine had kept its median speed, and the yardstick's seconds at that."""
+    reference = statistics.median(paced.pace for paced in found)
+    if not reference:
+        return tuple(point for paced in found for point in paced.points), 0.0
+    return tuple(p for paced in found for p in scaled_points(paced.points, reference / paced.pace)), reference
 
 
 def measure_bandwidth(clock: Clock, grid: Grid) -> float:
@@ -158,7 +188,7 @@ class _Meter:
             "loss", {"tokens": tokens, "vocab": vocab}, make, F.cross_entropy, elements=2 * tokens * vocab
         )
 
-    def optimizer(self, parameters: int) -> ComputePoint:
+    def optimizer(self, parameters: int) -> tuple[ComputePoint, ...]:
         """AdamW (fused), over parameters in tensors of different sizes."""
         shares = (0.5, 0.25, 0.125, 0.0625, 0.0625)
         weights = [torch.nn.Parameter(self._tensor(int(parameters * share)).detach()) for share in shares]
@@ -169,7 +199,7 @@ class _Meter:
             self.clock, tuple, lambda: optimizer.step(), num_sets=2, budget_s=self.budget_s, backward=False
         )
         dims = {"parameters": sum(weight.numel() for weight in weights)}
-        return self._point("optimizer", "forward", dims, 0.0, timing)
+        return (self._point("optimizer", "forward", dims, 0.0, timing),)
 
     def _tensor(self, *shape: int) -> Tensor:
         return torch.rand(*shape, device=self.clock.device).to(self.dtype).requires_grad_()

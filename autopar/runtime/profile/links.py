@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
 
+from autopar.runtime.observe.yardstick import Yardstick
 from autopar.runtime.profile.stopwatch import summarize_times
 from costmodels.profiles import CollectivePoint, SharingPoint
 
@@ -21,6 +20,8 @@ QUICK_SIZES = (16 * _KIB, 256 * _KIB, 2048 * _KIB)
 _SLOW_CALL_S = 0.3
 _WAITING_BYTES, _WAITING_CALLS = 64 * _KIB, 10
 _BATCH_S = 0.03
+PACE_ROUNDS = 3
+"""Times that the yardstick's work is done to tell the machine's speed: a tenth of a second."""
 _MAX_CALLS, _MIN_BATCHES, _MAX_BATCHES = 20, 2, 9
 
 
@@ -68,18 +69,25 @@ def make_group(layout: Layout) -> tuple[dist.ProcessGroup, tuple[int, ...]]:
 
 
 def measure_collectives(
-    device: torch.device, num_nodes: int, sizes: Sequence[int], budget_s: float, link_rate: float | None
-) -> Iterator[tuple[str, tuple[CollectivePoint, ...]]]:
+    device: torch.device,
+    num_nodes: int,
+    sizes: Sequence[int],
+    budget_s: float,
+    link_rate: float | None,
+    work: Yardstick | None = None,
+) -> Iterator[tuple[str, tuple[CollectivePoint, ...], float]]:
     """Measure every kind in every layout of groups, all groups of a layout at once. Called by all ranks.
 
     Args:
         sizes: bytes of the whole tensor.
         budget_s: for one kind, size and layout.
         link_rate: bytes/s of an emulated link; sizes whose all-reduce takes longer than 0.3 s on it are left out.
+        work: yardstick to take on all ranks before and after.
 
     Yields:
-        (kind and group size, points of it).
+        (kind and group size, points of it, seconds of the yardstick around them or 0).
     """
+    before = pace_of_all(work) if work else 0.0
     for layout in layouts(dist.get_world_size(), num_nodes):
         group, ranks = make_group(layout)
         slow = link_rate if layout.num_nodes > 1 else None
@@ -91,8 +99,18 @@ def measure_collectives(
                 for size in sizes
                 if slow is None or size <= sizes[0] or 1.5 * size / slow * layout.stride <= _SLOW_CALL_S
             ]
-            yield f"{kind} of {layout.size}", tuple(points)
+            after = pace_of_all(work) if work else 0.0
+            yield f"{kind} of {layout.size}", tuple(points), (before + after) / 2
+            before = after
         dist.destroy_process_group(group)
+
+
+def pace_of_all(work: Yardstick) -> float:
+    """Seconds of the yardstick on all ranks at once, their mean. Called by all ranks."""
+    wait_for_all()
+    total = torch.tensor([work.seconds(PACE_ROUNDS)], dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total.item()) / dist.get_world_size()
 
 
 def _measure(
@@ -160,46 +178,23 @@ def make_call(
     return send
 
 
-class _Block(nn.Module):
-    """A transformer's mix of products, attention and memory-bound operations."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm, self.qkv, self.output = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, seq, width] to the same."""
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, -1))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + self.output(mixed)
-        return x + self.mlp(x)
-
-
 def measure_sharing(dtype: torch.dtype, window_s: float) -> tuple[SharingPoint, ...]:
     """Slowdown of ranks of one machine that compute at the same time, the others idle. Called by all ranks; CPU.
 
-    Each active rank does forward and backward of a transformer block again and again for ``window_s`` seconds; the
+    Each active rank does the yardstick's work again and again for ``window_s`` seconds; the
     mean time of one, over the time of one with a single active rank, is the slowdown.
     """
-    ranks = dist.get_world_size()
-    torch.manual_seed(0)
-    block, x = _Block(256, 4).to(dtype), torch.rand(4, 128, 256, dtype=dtype)
-    for _ in range(2):
-        block(x).sum().backward()
+    ranks, work = dist.get_world_size(), Yardstick(dtype)
     counts = range(1, ranks + 1) if ranks <= 8 else sorted({1, 2, 4, 8, ranks // 2, ranks})
-    means = {active: _mean_iteration(block, x, active, window_s) for active in counts}
+    means = {active: _mean_iteration(work, active, window_s) for active in counts}
     return tuple(SharingPoint(active=active, slowdown=mean / means[1]) for active, mean in means.items())
 
 
-def _mean_iteration(block: nn.Module, x: Tensor, active: int, window_s: float) -> float:
+def _mean_iteration(work: Yardstick, active: int, window_s: float) -> float:
     wait_for_all()
     iterations, start, elapsed = 0, time.perf_counter(), 0.0
     while dist.get_rank() < active and elapsed < window_s:
-        block(x).sum().backward()
+        work.once()
         iterations += 1
         elapsed = time.perf_counter() - start
     total = torch.tensor([elapsed / max(iterations, 1)], dtype=torch.float64)
@@ -214,36 +209,34 @@ def measure_waiting(device: torch.device, num_nodes: int, dtype: torch.dtype, wi
     all-reduce adds beyond its own time among idle ranks is waiting: where ranks share processors, a rank whose message
     has come is not always running. Mean over group sizes; never below zero.
     """
-    torch.manual_seed(0)
-    block, x = _Block(256, 4).to(dtype), torch.rand(4, 128, 256, dtype=dtype)
-    found = []
+    work, found = Yardstick(dtype), []
     for layout in layouts(dist.get_world_size(), num_nodes):
         group, ranks = make_group(layout)
         call = make_call("all_reduce", device, group, ranks, _WAITING_BYTES)
         _time_calls(call, 1, device)
         alone = min(_time_calls(call, _WAITING_CALLS, device) for _ in range(3)) / _WAITING_CALLS
-        apart = _mean_pass(block, x, None, window_s)
-        together = _mean_pass(block, x, call, window_s)
+        apart = _mean_pass(work, None, window_s)
+        together = _mean_pass(work, call, window_s)
         found.append(together - apart - alone)
         dist.destroy_process_group(group)
     return max(0.0, sum(found) / len(found))
 
 
-def _mean_pass(block: nn.Module, x: Tensor, call: Callable[[], None] | None, window_s: float) -> float:
+def _mean_pass(work: Yardstick, call: Callable[[], None] | None, window_s: float) -> float:
     """Mean seconds of a forward pass, each followed by ``call``, while all ranks do the same; as many on each."""
-    passes = max(4, int(window_s / max(slowest(_one_pass(block, x)), 1e-4)))
+    passes = max(4, int(window_s / max(slowest(_one_pass(work)), 1e-4)))
     wait_for_all()
     start = time.perf_counter()
     for _ in range(passes):
-        block(x)
+        work.block(work.x)
         if call is not None:
             call()
     return slowest(time.perf_counter() - start) / passes
 
 
-def _one_pass(block: nn.Module, x: Tensor) -> float:
+def _one_pass(work: Yardstick) -> float:
     wait_for_all()
     start = time.perf_counter()
     for _ in range(4):
-        block(x)
+        work.block(work.x)
     return (time.perf_counter() - start) / 4

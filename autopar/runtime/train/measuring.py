@@ -19,14 +19,18 @@ from autopar.measurement import Measurement, NodeTraffic, RankMeasurement
 from autopar.runtime.job import INSPECTED_STEPS
 from autopar.runtime.launch.nodes import INTERFACE_VARIABLE, counter_paths
 from autopar.runtime.launch.worker import BACKENDS, device_name, synchronize
+from autopar.runtime.observe.yardstick import Yardstick
 from autopar.runtime.step.inspection import Inspection
 from autopar.runtime.step.trainer import Step, Trainer
+
+YARDSTICK_ROUNDS = 3
 
 
 def measure(trainer: Trainer, batch_of: Callable[[int], Tensor], begin: Callable[[str], None]) -> Measurement:
     """Train under a plan and measure it: warm-up steps, three inspected ones, then timed ones.
 
     Only the timed steps run as in ordinary training, and only they are timed; all ranks begin each of them together.
+    On CPUs the yardstick follows each of them.
 
     Args:
         trainer: at its first step.
@@ -43,7 +47,8 @@ def measure(trainer: Trainer, batch_of: Callable[[int], Tensor], begin: Callable
         steps.append(inspection.step(index, batch_of(trainer.next_step)))
     rank = inspection.result()
     dist.barrier()
-    before, seconds = interface_counters(), []
+    work = Yardstick() if trainer.model.device.type == "cpu" else None
+    before, seconds, yardsticks = interface_counters(), [], list[float]()
     for _ in range(job.steps):
         begin("timed")
         batch = batch_of(trainer.next_step)
@@ -53,12 +58,15 @@ def measure(trainer: Trainer, batch_of: Callable[[int], Tensor], begin: Callable
         steps.append(trainer.step(batch))
         synchronize(trainer.model.device)
         seconds.append(time.perf_counter() - start)
+        if work:
+            dist.barrier()
+            yardsticks.append(work.seconds(YARDSTICK_ROUNDS))
     dist.barrier()
     traffic = node_traffic(before, interface_counters(), job.steps)
     begin("collecting")
     losses = [step.loss.item() for step in steps]
     norms = [step.grad_norm.item() for step in steps if step.grad_norm is not None]
-    return collect(trainer, losses, norms, seconds, rank, traffic)
+    return collect(trainer, losses, norms, seconds, rank, traffic, yardsticks)
 
 
 def collect(
@@ -68,12 +76,13 @@ def collect(
     seconds: Sequence[float],
     rank: RankMeasurement,
     traffic: NodeTraffic | None,
+    yardsticks: Sequence[float] = (),
 ) -> Measurement:
-    """Bring together what all ranks measured: losses averaged over data, the slowest rank's step times."""
+    """Bring together what all ranks measured: losses and yardsticks averaged, the slowest rank's step times."""
     job, device = trainer.job, trainer.model.device
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (list(losses), list(seconds), rank, traffic))
-    all_losses, all_seconds, ranks, all_traffic = zip(*gathered, strict=True)
+    dist.all_gather_object(gathered, (list(losses), list(seconds), rank, traffic, list(yardsticks)))
+    all_losses, all_seconds, ranks, all_traffic, all_yardsticks = zip(*gathered, strict=True)
     return Measurement(
         slug=trainer.plan.slug,
         model=job.model,
@@ -89,6 +98,7 @@ def collect(
         step_s=tuple(max(column) for column in zip(*all_seconds, strict=True)),
         ranks=ranks,
         traffic=tuple(node for node in all_traffic if node is not None),
+        yardstick_s=tuple(sum(column) / len(column) for column in zip(*all_yardsticks, strict=True)),
     )
 
 

@@ -1,0 +1,53 @@
+"""What a profile would hold had the machine been faster or slower while it was measured.
+
+The speed of shared machines changes from minute to minute. A profile and a run time the same piece of work, the
+yardstick; where a run's takes longer, everything that its processors do is expected to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+from costmodels.errors import InputError
+from costmodels.profiles import ComputePoint, MachineProfile
+
+
+def slowness(profile: MachineProfile, yardstick: Sequence[float]) -> float | None:
+    """How many times longer a run's yardsticks (seconds, the median counts) took than the profile's; None where one of
+    them was not measured."""
+    if not yardstick or not profile.yardstick_s:
+        return None
+    return statistics.median(yardstick) / profile.yardstick_s
+
+
+def slowed(profile: MachineProfile, factor: float) -> MachineProfile:
+    """The profile of a machine whose processors take ``factor`` times as long; fits are left out.
+
+    On CPUs messages between ranks of one machine are moved by the processors, and follow; links with a rate of their
+    own do not.
+
+    Raises:
+        InputError: a factor that is not above 0.
+    """
+    if not factor > 0:
+        raise InputError(f"a machine's time is scaled by {factor}; it must be above 0")
+    moved = profile.device == "cpu" and profile.num_nodes == 1
+    return dataclasses.replace(
+        profile,
+        compute=scaled_points(profile.compute, factor),
+        collectives=tuple(
+            dataclasses.replace(point, seconds=point.seconds * factor) if moved else point
+            for point in profile.collectives
+        ),
+        host_overheads={name: seconds * factor for name, seconds in profile.host_overheads.items()},
+        peaks={name: peak / factor for name, peak in profile.peaks.items()},
+        yardstick_s=profile.yardstick_s * factor,
+        fits=(),
+    )
+
+
+def scaled_points(points: Sequence[ComputePoint], factor: float) -> tuple[ComputePoint, ...]:
+    """Points with their seconds scaled."""
+    return tuple(dataclasses.replace(point, seconds=point.seconds * factor) for point in points)
