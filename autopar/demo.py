@@ -26,7 +26,7 @@ from autopar.runtime.profile.machine import profile_machine
 from autopar.runtime.run import run_plans
 from autopar.runtime.support import check_supported, unsupported
 from autopar.search.exhaustive import SearchResult, search
-from autopar.search.space import Space
+from autopar.search.space import PLAIN
 from autopar.validate import compare
 from autopar.workload import Precision, Workload
 from costmodels.calibration import MachineProfile, profile_cluster, read_profile, with_fits
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 OnMessage = Callable[[dict[str, Any]], None]
 
-SPACE = Space(min_microbatches=4, max_vp=1, schedules=(ScheduleName.ONE_F_ONE_B,))
+SPACE = dataclasses.replace(PLAIN, min_microbatches=4, max_vp=1, schedules=(ScheduleName.ONE_F_ONE_B,))
 """What is planned for: pipelines with few idle ranks under the schedule that every engine has."""
 LAYOUTS = 10
 STEPS = 10

@@ -1,7 +1,7 @@
 """Single-GPU settings: one command profiles a GPU, runs them, and holds prediction to measurement.
 
-The settings differ in family, size, sequence, microbatch and recomputation. A part ends in ten minutes on a recent
-GPU; a profile that an earlier part left in the folder is used again.
+The settings differ in family, size, sequence, microbatch, recomputation, compiled blocks and fused optimizer. A part
+ends in ten minutes on a recent GPU; a profile that an earlier part left in the folder is used again.
 """
 
 from __future__ import annotations
@@ -42,11 +42,19 @@ class GpuSetting:
     global_batch: int
     microbatch: int
     recompute: Recompute = Recompute.NONE
+    compiled: bool = False
+    fused: bool = True
 
     @property
     def name(self) -> str:
         """Unique, and a folder's name."""
-        return f"{self.model}.s{self.seq_len}.b{self.global_batch}.mb{self.microbatch}.ac-{self.recompute}"
+        habits = "".join(f".{variant}" for variant in self.variants)
+        return f"{self.model}.s{self.seq_len}.b{self.global_batch}.mb{self.microbatch}.ac-{self.recompute}{habits}"
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Of the stack."""
+        return ("compile",) * self.compiled + ("unfused-optimizer",) * (not self.fused)
 
     @property
     def plan(self) -> Plan:
@@ -54,27 +62,42 @@ class GpuSetting:
         return parse_slug(f"mb{self.microbatch}.ac-{self.recompute}")
 
 
-def _setting(part: str, model: str, seq_len: int, batch: int, microbatch: int, full: bool = False) -> GpuSetting:
-    recompute = Recompute.FULL if full else Recompute.NONE
+def _setting(
+    part: str,
+    model: str,
+    seq_len: int,
+    batch: int,
+    microbatch: int,
+    *,
+    full: bool = False,
+    compiled: bool = False,
+    fused: bool = True,
+) -> GpuSetting:
     return GpuSetting(
-        part=part, model=model, seq_len=seq_len, global_batch=batch, microbatch=microbatch, recompute=recompute
-    )
+        part=part, model=model, seq_len=seq_len, global_batch=batch, microbatch=microbatch,
+        recompute=Recompute.FULL if full else Recompute.NONE, compiled=compiled, fused=fused,
+    )  # fmt: skip
 
 
 SETTINGS = (
     _setting("small", "gpt3-125m", 1024, 32, 8),
     _setting("small", "gpt3-125m", 1024, 32, 32),
     _setting("small", "gpt3-125m", 2048, 16, 8, full=True),
+    _setting("small", "gpt3-125m", 1024, 32, 8, compiled=True),
+    _setting("small", "gpt3-125m", 1024, 32, 8, fused=False),
     _setting("small", "gpt3-350m", 1024, 32, 8),
     _setting("small", "gpt3-350m", 2048, 16, 4),
     _setting("medium", "gpt3-760m", 2048, 16, 4),
     _setting("medium", "gpt3-1.3b", 2048, 8, 2),
     _setting("medium", "gpt3-1.3b", 2048, 8, 4, full=True),
     _setting("medium", "llama3.2-1b", 2048, 8, 2),
+    _setting("medium", "llama3.2-1b", 2048, 8, 2, compiled=True),
+    _setting("medium", "llama3.2-1b", 2048, 8, 2, fused=False),
     _setting("medium", "llama3.2-1b", 4096, 4, 1),
     _setting("large", "llama3.2-1b", 8192, 2, 1, full=True),
     _setting("large", "gpt3-2.7b", 2048, 8, 2),
     _setting("large", "llama3.2-3b", 2048, 8, 1),
+    _setting("large", "llama3.2-3b", 2048, 8, 1, compiled=True),
     _setting("large", "llama3.2-3b", 4096, 4, 2, full=True),
 )
 """What `autopar gpu` runs."""
@@ -177,7 +200,8 @@ def _measure(
     spec, precision = load_preset(setting.model), Precision(profile.precision)
     workload = Workload(global_batch=setting.global_batch, seq_len=setting.seq_len, precision=precision)
     graph = build_graph(spec, seq_len=setting.seq_len, precision=precision)
-    question = Setting(graph=graph, workload=workload, cluster=profile_cluster(profile), stack=runtime_stack(profile))
+    stack = runtime_stack(profile, variants=setting.variants)
+    question = Setting(graph=graph, workload=workload, cluster=profile_cluster(profile), stack=stack)
     expected = estimate(question, setting.plan)
     job = TrainJob(
         model=spec,
@@ -186,6 +210,8 @@ def _measure(
         steps=STEPS,
         out_dir=str(out / setting.name),
         device=device,
+        compiled=setting.compiled,
+        fused_optimizer=setting.fused,
     )
     [measured] = run_plans(
         job, nodes=(local_node(),), ranks_per_node=1, stall_timeout_s=STALL_TIMEOUT_S, on_message=progress

@@ -52,6 +52,8 @@ class ScheduleName(StrEnum):
 
 V_SCHEDULES = (ScheduleName.ZB_V, ScheduleName.DUALPIPE_V)
 VIRTUAL_SCHEDULES = (ScheduleName.INTERLEAVED, *V_SCHEDULES)
+SPLIT_SCHEDULES = (ScheduleName.ZB_H1, ScheduleName.ZB_H2, *V_SCHEDULES)
+"""Schedules that take gradients of weights apart from those of inputs."""
 DEFAULT_MODULES = ("core_attn",)
 
 

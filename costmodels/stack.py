@@ -193,6 +193,8 @@ class PipelineHabits:
     Attributes:
         buffers: a stage has receive buffers for all microbatches and keeps its results until their backward.
         serial_stages: a stage's gathers and reductions happen within its passes, so that its neighbours wait for them.
+        reduces_last: of such stages, those that reduce replicated gradients once the gradient of their input is on its
+            way, so that the stage before need not wait for that.
         scatters: a stage sends 1/tp of an activation per rank, and the receivers gather it.
         node_share: share of the links inside a node that one transfer reaches: a send uses few of their channels.
         interleaved_exposed: share of transfers that interleaved stages wait for.
@@ -201,6 +203,7 @@ class PipelineHabits:
 
     buffers: bool = True
     serial_stages: bool = True
+    reduces_last: bool = False
     scatters: bool = False
     node_share: float = 1.0
     interleaved_exposed: float = 1.0

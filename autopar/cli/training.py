@@ -109,6 +109,9 @@ def run_plan(
     ] = None,
     as_json: JsonFlag = False,
     device: Device = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", rich_help_panel=EXECUTION, help="Compile the model's blocks (torch.compile).")
+    ] = False,
     self_check: Annotated[
         bool, typer.Option(rich_help_panel=EXECUTION, help="Hold the plan to one process before the first step.")
     ] = True,
@@ -151,7 +154,7 @@ def run_plan(
     job = jobs.TrainJob(
         model=content.model, workload=content.workload, plans=(content.plan,), steps=steps, out_dir=str(out),
         seed=seed, learning_rate=learning_rate, weight_decay=weight_decay, betas=(0.9, beta2), clip=clip,
-        device=resolve_device(device), source=model, predicted_memory=content.predicted_memory,
+        device=resolve_device(device), compiled=compiled, source=model, predicted_memory=content.predicted_memory,
         data=_tokens(data or [], tokenizer, out, validation, whole=place.role is Role.LAUNCHER),
         training=jobs.Training(
             rate=RateSchedule(decay=schedule, warmup_steps=warmup_steps, minimum=min_lr),

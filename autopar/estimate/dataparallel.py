@@ -85,8 +85,9 @@ def exposed_data_parallel(setting: Setting, plans: PlanArrays, work: RankWork, n
         share = exposed / np.maximum(communication, 1e-30)
         real = np.arange(exposed.shape[1]) < plans.pp[:, None]
         exposed = exposed + np.cumsum(share * gathered * real, axis=1)[:, -1:] - share * gathered
-        # A stage reduces within its last backward, for which the stage before waits.
-        replicated = np.cumsum((replicated * real)[:, ::-1], axis=1)[:, ::-1]
+        if not stack.pipeline.reduces_last:
+            # A stage reduces within its last backward, for which the stage before waits.
+            replicated = np.cumsum((replicated * real)[:, ::-1], axis=1)[:, ::-1]
     return np.asarray(np.where(zero == 0, replicated, exposed))
 
 

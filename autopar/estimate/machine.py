@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from autopar.errors import InputError
 from autopar.estimate.setting import Setting
@@ -17,9 +18,13 @@ STACKS = {"gloo": "autopar-gloo", "nccl": "autopar-nccl"}
 """autopar's own executor, by backend."""
 
 
-def runtime_stack(profile: MachineProfile) -> Stack:
-    """autopar's own executor with the host overheads that were measured."""
-    stack = load_stack(STACKS[profile.backend])
+def runtime_stack(profile: MachineProfile, *, variants: Sequence[str] = ()) -> Stack:
+    """autopar's own executor with the host overheads that were measured.
+
+    Args:
+        variants: of the stack that are on, such as ``compile``.
+    """
+    stack = load_stack("+".join((STACKS[profile.backend], *variants)))
     origin = {"overheads": "measured here, each wrapper against the same module without it"}
     return dataclasses.replace(stack, overheads=profile.host_overheads, origins={**stack.origins, **origin})
 

@@ -14,7 +14,7 @@ from autopar.runtime.data.samples import cut_of
 from autopar.runtime.data.tokenizer import NUM_BYTES
 from autopar.runtime.data.tokens import read_header
 from autopar.runtime.rates import RateSchedule
-from autopar.runtime.support import check_supported, sequence_divisor, unsupported_workload
+from autopar.runtime.support import check_supported, sequence_divisor, unsupported_compiled, unsupported_workload
 from autopar.workload import Workload
 from costmodels.records import read_record, write_record
 
@@ -134,6 +134,8 @@ class TrainJob:
             that.
         out_dir: gets a folder for each plan, named by its slug.
         device: cpu or cuda.
+        compiled: compile the blocks of the model.
+        fused_optimizer: AdamW in one kernel for all parameters of a kind.
         source: where the module is from: empty for the project's own, a Hugging Face config.json, or
             ``package.module:function``.
         data: what to train on.
@@ -155,6 +157,8 @@ class TrainJob:
     clip: float | None = None
     out_dir: str
     device: str = "cpu"
+    compiled: bool = False
+    fused_optimizer: bool = True
     source: str = ""
     data: Data = field(default_factory=Data)
     training: Training | None = None
@@ -276,6 +280,8 @@ def _check_plan(plan: Plan, job: TrainJob, world_size: int) -> None:
             f"use a multiple of {parts}"
         )
     check_supported(plan, job.model, plan.num_microbatches(workload), job.source)
+    if job.compiled and (reasons := unsupported_compiled(plan)):
+        raise PlanError(f"plan {plan.slug} cannot be compiled: " + "; ".join(reason.detail for reason in reasons))
 
 
 def read_job(path: str | Path) -> TrainJob:

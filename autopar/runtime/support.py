@@ -10,7 +10,7 @@ import math
 
 from autopar.errors import PlanError
 from autopar.model.spec import ModelSpec
-from autopar.plan import Plan, Rejected, ScheduleName, fewest_microbatches
+from autopar.plan import SPLIT_SCHEDULES, Plan, Recompute, Rejected, ScheduleName, fewest_microbatches
 from autopar.runtime.sources import unsupported_source
 from autopar.workload import Precision, Workload
 
@@ -39,6 +39,29 @@ def unsupported(
         found += _unsupported_model(plan, spec)
     if num_microbatches is not None:
         found += _unsupported_microbatches(plan, num_microbatches)
+    return tuple(found)
+
+
+def unsupported_compiled(plan: Plan) -> tuple[Rejected, ...]:
+    """Reasons why the blocks of a plan cannot be compiled one by one; empty if they can."""
+    layout, found = plan.layout, []
+    divided = [f"{axis}={degree}" for axis in ("tp", "cp", "ep") if (degree := getattr(layout, axis)) > 1]
+    if divided:
+        detail = (
+            f"{', '.join(divided)} communicates inside blocks, which are compiled over data parallel and pipeline "
+            "ranks alone: use a plan of those, or do not compile"
+        )
+        found.append(_reject("compile", detail))
+    if plan.schedule in SPLIT_SCHEDULES:
+        detail = (
+            f"the {plan.schedule} schedule takes backward of a block apart, which a compiled one does not allow: use "
+            "1f1b, interleaved or gpipe, or do not compile"
+        )
+        found.append(_reject("compile", detail))
+    remade = [module for module in plan.recomputed_modules if module in ("layernorm", "moe_act")]
+    if remade and plan.recompute is Recompute.SELECTIVE:
+        detail = f"recomputing {' and '.join(remade)} reaches into compiled blocks: leave it out, or do not compile"
+        found.append(_reject("compile", detail))
     return tuple(found)
 
 

@@ -37,6 +37,8 @@ GATHERING = ("gradients", "working", "buffers")
 """Memory items that a run under ZeRO-3 does not tell apart: what is gathered for a pass is allocated within it."""
 UNTOLD = ("parameters", "buffers", *TRANSIENT)
 """Those of sharded runs of files of version 1."""
+LEAST_CHANGE = 0.05
+"""Of the machine's speed, that is told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +84,7 @@ class Attribution:
         inspected: seconds of the inspected step over the median of the timed ones; far from 1 where the inspected step
             was no usual one.
         noise: distance of the quartiles of timed steps over their median.
+        slowness: how many times longer than during the profile the machine took for the same work; None if not known.
         beside: whether gradients are reduced on the processors that compute the backward meanwhile.
         time, memory: items, those that add most to the error first.
         collectives: of that rank.
@@ -96,6 +99,7 @@ class Attribution:
     place: int
     inspected: float
     noise: float
+    slowness: float | None
     beside: bool
     time: tuple[Item, ...]
     memory: tuple[Item, ...]
@@ -131,7 +135,9 @@ class Attribution:
         return self.predicted_bytes / self.measured_bytes - 1
 
 
-def attribute(setting: Setting, estimate: Estimate, measurement: Measurement) -> Attribution:
+def attribute(
+    setting: Setting, estimate: Estimate, measurement: Measurement, *, slowness: float | None = None
+) -> Attribution:
     """Take apart one run and its prediction.
 
     Raises:
@@ -168,6 +174,7 @@ def attribute(setting: Setting, estimate: Estimate, measurement: Measurement) ->
         place=place,
         inspected=inspected,
         noise=(steps[-1 - quarter] - steps[quarter]) / median,
+        slowness=slowness,
         beside=_beside(setting, measurement.plan),
         time=time,
         memory=_sorted(held),
@@ -324,4 +331,6 @@ def verdict(found: Attribution) -> str:
         line += f"; {name} is {100 * abs(share):.0f} the other way"
     if abs(error) < found.noise:
         line += f" (timed steps vary by {found.noise:.0%})"
+    if found.slowness is not None and abs(found.slowness - 1) >= LEAST_CHANGE:
+        line += f"; the machine took {found.slowness:.2f} times as long as during the profile"
     return line

@@ -17,6 +17,7 @@ from autopar.validate.attribution import Attribution, attribute, verdict
 from autopar.validate.plans import Validation, compare
 from costmodels.islands import load_uniform
 from costmodels.profiles import MachineProfile, read_profile
+from costmodels.speed import slowness
 from costmodels.stack import load_stack
 
 FILE, PROFILE = "measurement.json", "profile.json"
@@ -109,22 +110,26 @@ def judge(
     """
     if profile is not None and cluster is not None:
         raise InputError("name the machine by --profile or by --cluster, not by both")
-    runs, used = [], []
+    runs, used, known = [], [], None
     for path in measurement_files(paths):
         if cluster is not None:
             settings = on_cluster(cluster)
         else:
             used.append(profile or profile_beside(path))
-            settings = on_profile(read_profile(used[-1]))
-        runs.append(judge_one(path, read_measurement(path), settings))
+            known = read_profile(used[-1])
+            settings = on_profile(known)
+        runs.append(judge_one(path, read_measurement(path), settings, known))
     return tuple(runs), tuple(dict.fromkeys(used))
 
 
-def judge_one(path: Path, measurement: Measurement, settings: SettingOf) -> JudgedRun:
-    """Predict one run and take its error apart."""
+def judge_one(
+    path: Path, measurement: Measurement, settings: SettingOf, profile: MachineProfile | None = None
+) -> JudgedRun:
+    """Predict one run and take its error apart; ``profile`` tells how fast the machine was before."""
     setting = settings(measurement)
     predicted = estimate(setting, measurement.plan)
-    found = attribute(setting, predicted, measurement)
+    slower = slowness(profile, measurement.yardstick_s) if profile is not None else None
+    found = attribute(setting, predicted, measurement, slowness=slower)
     return JudgedRun(path=path, measurement=measurement, setting=setting, estimate=predicted, attribution=found)
 
 
@@ -137,7 +142,8 @@ def run_verdict(path: Path, predicted: Mapping[str, float]) -> str:
     """
     run = read_measurement(path)
     try:
-        return judge_one(path, run, on_profile(read_profile(profile_beside(path)))).verdict + "\n"
+        profile = read_profile(profile_beside(path))
+        return judge_one(path, run, on_profile(profile), profile).verdict + "\n"
     except InputError:
         expected = predicted.get("step_s")
     if not expected or not run.step_s:
@@ -169,6 +175,7 @@ def _run_json(run: JudgedRun) -> dict[str, Any]:
         "predicted_step_s": found.predicted_step_s, "measured_step_s": found.measured_step_s, "error": found.error,
         "predicted_bytes": found.predicted_bytes, "measured_bytes": found.measured_bytes,
         "memory_error": found.memory_error, "inspected": found.inspected, "noise": found.noise,
+        "slowness": found.slowness,
         "time_s": {item.name: [item.predicted, item.measured] for item in found.time},
         "memory_bytes": {item.name: [item.predicted, item.measured] for item in found.memory},
         "collectives": [

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autopar.errors import PlanError
 from autopar.model.spec import ModelSpec
 from autopar.plan import Plan
+from autopar.runtime.parallel.compiled import compile_blocks
 from autopar.runtime.parallel.context_parallel import ContextPart, check_parts_known, set_part
 from autopar.runtime.parallel.data_parallel import replicate_or_shard
 from autopar.runtime.parallel.expert_parallel import divide_experts, find_experts, order_tokens
@@ -30,7 +31,7 @@ from autopar.runtime.parallel.tensor_parallel import divide
 from autopar.runtime.parallel.tensor_styles import resolve_plan
 from autopar.runtime.parallel.tied import Tie, find_ties, join_ties, separate_copies
 from autopar.runtime.parallel.vocabulary import VOCAB
-from autopar.runtime.support import check_supported
+from autopar.runtime.support import check_supported, unsupported_compiled
 
 
 def parallelize(
@@ -43,6 +44,7 @@ def parallelize(
     tensor_parallel_plan: Mapping[str, str] | None = None,
     mesh: DeviceMesh | None = None,
     compute_dtype: torch.dtype | None = None,
+    compiled: bool = False,
 ) -> ParallelModel:
     """Turn a module into this rank's part of it under a plan. Every rank calls it with an equal module.
 
@@ -69,6 +71,7 @@ def parallelize(
         mesh: of this layout, to use process groups again; made if None.
         compute_dtype: of forward, backward and what they send, such as ``torch.bfloat16``. Parameters, the sums of
             their gradients and the loss keep the module's own type, fp32. None computes in that as well.
+        compiled: compile each block by ``torch.compile``; for data parallelism and pipelines.
 
     Raises:
         PlanError: the plan does not fit the ranks, the module or this executor; the message says what to use.
@@ -77,6 +80,8 @@ def parallelize(
     check_supported(
         plan, spec if isinstance(spec, ModelSpec) else None, num_microbatches, getattr(module, "source", "")
     )
+    if compiled and (reasons := unsupported_compiled(plan)):
+        raise PlanError(f"plan {plan.slug} cannot be compiled: " + "; ".join(reason.detail for reason in reasons))
     device = torch.device(device) if device is not None else default_device()
     if mesh is None:
         mesh = build_mesh(plan.layout, device.type)
@@ -106,6 +111,8 @@ def parallelize(
         for recomputed in recompute(chain, module, parts, plan):
             _gather_in_recomputation(recomputed, cp_mesh)
         divided |= cuts_by_name(chain)
+        if compiled:
+            compile_blocks(chain, parts.blocks)
         wrapped.append(replicate_or_shard(chain, mesh, plan, parts.blocks, experts, compute_dtype))
     if compute_dtype is not None:
         loss_fn, bare_chains = in_fp32(loss_fn), tuple(chain.to(compute_dtype) for chain in bare_chains)

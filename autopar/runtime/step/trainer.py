@@ -148,10 +148,11 @@ def build_trainer(
         device=device,
         mesh=mesh,
         compute_dtype=COMPUTE_DTYPES[job.workload.precision],
+        compiled=job.compiled,
     )
     model.observer = observer
     optimizer = build_optimizer(
         model, job.workload.optimizer, learning_rate=job.learning_rate,
-        adamw=AdamWOptions(betas=job.betas, weight_decay=job.weight_decay),
+        adamw=AdamWOptions(betas=job.betas, weight_decay=job.weight_decay, fused=job.fused_optimizer),
     )  # fmt: skip
     return Trainer(job=job, plan=plan, model=model, optimizer=optimizer, objective=objective)
