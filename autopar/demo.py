@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from autopar.estimate import Estimate, Setting, estimate
 from autopar.estimate.machine import runtime_stack
 from autopar.estimate.traffic import expected_collectives
 from autopar.graph import OpGraph
-from autopar.measurement import Measurement, read_measurement
+from autopar.measurement import Measurement, read_measurement, together, write_measurement
 from autopar.model.build import build_graph
 from autopar.model.presets import load_preset
 from autopar.model.spec import ModelSpec
@@ -41,7 +42,7 @@ OnMessage = Callable[[dict[str, Any]], None]
 SPACE = dataclasses.replace(PLAIN, min_microbatches=4, max_vp=1, schedules=(ScheduleName.ONE_F_ONE_B,))
 """What is planned for: pipelines with few idle ranks under the schedule that every engine has."""
 LAYOUTS = 10
-STEPS = 10
+STEPS, ROUNDS = 4, 3
 STALL_TIMEOUT_S = 180.0
 SHOWN_PLANS = 20
 
@@ -57,7 +58,8 @@ class DemoOptions:
         device: cpu or cuda.
         num_layouts: layouts to run beside the single process.
         plans: run these, by slug, instead of layouts that the planner picks.
-        steps: timed steps of each.
+        steps: timed steps of each in every round.
+        rounds: times that all of them are run.
         quick: a coarse profile.
         reuse: predict anew for the profile and the runs that ``out`` holds, and run nothing.
     """
@@ -69,6 +71,7 @@ class DemoOptions:
     num_layouts: int = LAYOUTS
     plans: tuple[str, ...] = ()
     steps: int = STEPS
+    rounds: int = ROUNDS
     quick: bool = False
     reuse: bool = False
 
@@ -81,6 +84,7 @@ class DemoOptions:
         words += ["--layouts", str(self.num_layouts)] if self.num_layouts != LAYOUTS else []
         words += [word for slug in self.plans for word in ("--plan", slug)]
         words += ["--steps", str(self.steps)] if self.steps != STEPS else []
+        words += ["--rounds", str(self.rounds)] if self.rounds != ROUNDS else []
         words += ["--quick"] if self.quick else []
         words += ["-o", str(self.out)]
         return shlex.join(words)
@@ -332,15 +336,30 @@ def _machine(profile: MachineProfile) -> dict[str, str]:
 def run_layouts(
     options: DemoOptions, place: Site, spec: ModelSpec, workload: Workload, plans: Sequence[Plan], progress: OnMessage
 ) -> tuple[Measurement, ...]:
-    """Run plans one after another in the same processes."""
-    job = TrainJob(
-        model=spec, workload=workload, plans=tuple(plans), steps=options.steps, out_dir=str(options.out / "runs"),
-        device=options.device,
-    )  # fmt: skip
-    return run_plans(
-        job, nodes=place.nodes, ranks_per_node=place.ranks_per_node, stall_timeout_s=STALL_TIMEOUT_S,
-        on_message=progress,
-    )  # fmt: skip
+    """Run plans one after another in the same processes, and all of them again in every round.
+
+    A machine whose speed changes from minute to minute then meets every plan several times.
+    """
+    rounds: list[tuple[Measurement, ...]] = []
+    folder = options.out / "runs"
+    for number in range(options.rounds):
+        out = folder if number == 0 else folder / f"round-{number + 1}"
+        job = TrainJob(
+            model=spec, workload=workload, plans=tuple(plans), steps=options.steps, out_dir=str(out),
+            device=options.device,
+        )  # fmt: skip
+        rounds.append(
+            run_plans(
+                job, nodes=place.nodes, ranks_per_node=place.ranks_per_node, stall_timeout_s=STALL_TIMEOUT_S,
+                on_message=progress,
+            )
+        )  # fmt: skip
+        if number:
+            shutil.rmtree(out)
+    measured = tuple(together(runs) for runs in zip(*rounds, strict=True))
+    for run in measured:
+        write_measurement(folder / run.slug / "measurement.json", run)
+    return measured
 
 
 def _plan_file(spec: ModelSpec, workload: Workload, best: Estimate) -> PlanFile:

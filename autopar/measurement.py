@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,6 +150,20 @@ class Measurement:
     def peak_bytes(self) -> int:
         """Peak of the rank that held most."""
         return max(rank.peak_bytes for rank in self.ranks)
+
+
+def together(runs: Sequence[Measurement]) -> Measurement:
+    """Runs of one plan as one: the first with the timed steps of all.
+
+    Raises:
+        InputError: none, or unlike plans.
+    """
+    if len({run.plan for run in runs}) != 1:
+        raise InputError("only runs of one and the same plan are one measurement")
+    return dataclasses.replace(
+        runs[0], step_s=tuple(s for run in runs for s in run.step_s),
+        yardstick_s=tuple(s for run in runs for s in run.yardstick_s),
+    )  # fmt: skip
 
 
 def read_measurement(path: str | Path) -> Measurement:

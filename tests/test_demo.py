@@ -89,7 +89,7 @@ def test_plans_may_be_named() -> None:
 
 @pytest.mark.dist
 def test_the_demo_predicts_runs_and_reports(tmp_path: Path) -> None:
-    options = DemoOptions(out=tmp_path, quick=True, steps=3, num_layouts=6)
+    options = DemoOptions(out=tmp_path, quick=True, steps=3, rounds=2, num_layouts=4)
     lines: list[str] = []
     messages: list[dict[str, object]] = []
     report = demo(options, lines.append, messages.append)

@@ -46,7 +46,8 @@ def demo(
     device: Device = "auto",
     layouts: Annotated[int, typer.Option(min=2, help="Layouts to run beside a single process.")] = 10,
     plan: Annotated[list[str] | None, typer.Option(help="Run this plan, by slug, instead; may be repeated.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each in a round.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that all layouts are run, one after another.")] = 3,
     quick: Annotated[bool, typer.Option(help="A coarse profile.")] = False,
     reuse: Annotated[bool, typer.Option(help="Predict anew for the profile and runs in --out; run nothing.")] = False,
 ) -> None:
@@ -58,7 +59,7 @@ def demo(
 
     options = DemoOptions(
         out=out, ranks=ranks, emulate=emulate, device="cpu" if emulate else resolve_device(device),
-        num_layouts=layouts, plans=tuple(plan or ()), steps=steps, quick=quick, reuse=reuse,
+        num_layouts=layouts, plans=tuple(plan or ()), steps=steps, rounds=rounds, quick=quick, reuse=reuse,
     )  # fmt: skip
     with progress() as on_message:
         report = run_demo(options, say, on_message)

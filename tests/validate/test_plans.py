@@ -12,7 +12,7 @@ from scipy.stats import kendalltau
 
 from autopar.errors import InputError
 from autopar.estimate import Estimate, Setting
-from autopar.measurement import CountedCollective, Measurement
+from autopar.measurement import CountedCollective, Measurement, together
 from autopar.validate import Comparison, Validation, compare, kendall_tau, summarise
 from autopar.validate.plans import check_collectives
 from costmodels.records import from_plain, to_plain
@@ -213,3 +213,18 @@ def test_what_the_speed_of_the_machine_explains(
     partly = compare(chosen, runs, at_speed={chosen[0].plan.slug: speeds[chosen[0].plan.slug]})
     assert partly.at_speed is None
     assert partly.comparisons[0].slowness is None or partly.comparisons[1].slowness is None
+
+
+def test_runs_of_a_plan_are_one_measurement(
+    sample_setting: Setting, sample_estimates: list[Estimate], measure: Measure
+) -> None:
+    first, second = (
+        dataclasses.replace(measure(sample_setting, sample_estimates[0]), step_s=times, yardstick_s=times[:1])
+        for times in ((1.0, 3.0), (2.0,))
+    )
+    found = together([first, second])
+    assert found.step_s == (1.0, 3.0, 2.0) and found.median_step_s == 2.0 and found.yardstick_s == (1.0, 2.0)
+    assert found.ranks == first.ranks
+    for wrong in ([], [first, measure(sample_setting, sample_estimates[1])]):
+        with pytest.raises(InputError, match="same plan"):
+            together(wrong)

@@ -6,7 +6,6 @@ Rank 0 writes the profile with its fits.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import sys
@@ -122,10 +121,8 @@ def _profile(job: ProfileJob, device: torch.device, reporter: _Reporter) -> None
     collectives: list[CollectivePoint] = []
     budget = _QUICK_LINK_BUDGET_S if job.quick else _LINK_BUDGET_S
     sizes = QUICK_SIZES if job.quick else SIZES
-    moved = work if job.num_nodes == 1 else None
-    for part, found, around in measure_collectives(device, job.num_nodes, sizes, budget, job.link_rate, moved):
-        scale = yardstick / around if yardstick and around else 1.0
-        collectives += [dataclasses.replace(point, seconds=point.seconds * scale) for point in found]
+    for part, found in measure_collectives(device, job.num_nodes, sizes, budget, job.link_rate):
+        collectives += found
         reporter.finished(part)
     if rank == 0:
         profile = MachineProfile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ QUICK_SIZES = (16 * _KIB, 256 * _KIB, 2048 * _KIB)
 _SLOW_CALL_S = 0.3
 _WAITING_BYTES, _WAITING_CALLS = 64 * _KIB, 10
 _BATCH_S = 0.03
+TURNS = 3
 PACE_ROUNDS = 3
 """Times that the yardstick's work is done to tell the machine's speed: a tenth of a second."""
 _MAX_CALLS, _MIN_BATCHES, _MAX_BATCHES = 20, 2, 9
@@ -69,25 +71,18 @@ def make_group(layout: Layout) -> tuple[dist.ProcessGroup, tuple[int, ...]]:
 
 
 def measure_collectives(
-    device: torch.device,
-    num_nodes: int,
-    sizes: Sequence[int],
-    budget_s: float,
-    link_rate: float | None,
-    work: Yardstick | None = None,
-) -> Iterator[tuple[str, tuple[CollectivePoint, ...], float]]:
+    device: torch.device, num_nodes: int, sizes: Sequence[int], budget_s: float, link_rate: float | None
+) -> Iterator[tuple[str, tuple[CollectivePoint, ...]]]:
     """Measure every kind in every layout of groups, all groups of a layout at once. Called by all ranks.
 
     Args:
         sizes: bytes of the whole tensor.
         budget_s: for one kind, size and layout.
         link_rate: bytes/s of an emulated link; sizes whose all-reduce takes longer than 0.3 s on it are left out.
-        work: yardstick to take on all ranks before and after.
 
     Yields:
-        (kind and group size, points of it, seconds of the yardstick around them or 0).
+        (kind and group size, points of it).
     """
-    before = pace_of_all(work) if work else 0.0
     for layout in layouts(dist.get_world_size(), num_nodes):
         group, ranks = make_group(layout)
         slow = link_rate if layout.num_nodes > 1 else None
@@ -99,18 +94,8 @@ def measure_collectives(
                 for size in sizes
                 if slow is None or size <= sizes[0] or 1.5 * size / slow * layout.stride <= _SLOW_CALL_S
             ]
-            after = pace_of_all(work) if work else 0.0
-            yield f"{kind} of {layout.size}", tuple(points), (before + after) / 2
-            before = after
+            yield f"{kind} of {layout.size}", tuple(points)
         dist.destroy_process_group(group)
-
-
-def pace_of_all(work: Yardstick) -> float:
-    """Seconds of the yardstick on all ranks at once, their mean. Called by all ranks."""
-    wait_for_all()
-    total = torch.tensor([work.seconds(PACE_ROUNDS)], dtype=torch.float64)
-    dist.all_reduce(total)
-    return float(total.item()) / dist.get_world_size()
 
 
 def _measure(
@@ -181,13 +166,17 @@ def make_call(
 def measure_sharing(dtype: torch.dtype, window_s: float) -> tuple[SharingPoint, ...]:
     """Slowdown of ranks of one machine that compute at the same time, the others idle. Called by all ranks; CPU.
 
-    Each active rank does the yardstick's work again and again for ``window_s`` seconds; the
-    mean time of one, over the time of one with a single active rank, is the slowdown.
+    Each active rank does the yardstick's work again and again for ``window_s`` seconds; the mean time of one, over the
+    time of one with a single active rank, is the slowdown. Numbers of active ranks take turns, since the machine itself
+    changes its speed.
     """
     ranks, work = dist.get_world_size(), Yardstick(dtype)
     counts = range(1, ranks + 1) if ranks <= 8 else sorted({1, 2, 4, 8, ranks // 2, ranks})
-    means = {active: _mean_iteration(work, active, window_s) for active in counts}
-    return tuple(SharingPoint(active=active, slowdown=mean / means[1]) for active, mean in means.items())
+    turns = [{active: _mean_iteration(work, active, window_s / TURNS) for active in counts} for _ in range(TURNS)]
+    return tuple(
+        SharingPoint(active=active, slowdown=statistics.median(turn[active] / turn[1] for turn in turns))
+        for active in counts
+    )
 
 
 def _mean_iteration(work: Yardstick, active: int, window_s: float) -> float:
