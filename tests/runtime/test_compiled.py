@@ -66,6 +66,7 @@ def losses(out: Path, precision: Precision, ranks: int, *slugs: str, compiled: b
     [
         (Precision.FP32, 2, ("dp2.mb2", "dp2.z2.mb2", "dp2.z3.mb1.ac-full", "pp2.mb2"), 1e-5),
         (Precision.BF16, 1, ("mb4",), 1e-2),
+        (Precision.BF16, 2, ("dp2.mb2", "pp2.mb2"), 1e-2),
     ],
 )
 def test_compiled_blocks_learn_the_same(

@@ -44,6 +44,7 @@ class ParallelModel:
         modules: one per virtual stage of this rank, wrapped; without a pipeline just the model.
         loss_fn: of one microbatch.
         compute_dtype: of forward and backward, if it is not that of the parameters.
+        compiled: whether blocks are, which then cast their weights anew for every microbatch.
         owned: this rank's parameters by name. Kept, since DDP over tensor parallel modules hides theirs.
         holdings: what of the whole model each of ``owned`` is, in the same order.
         partial_names: parameters whose gradients are summed over the tensor parallel ranks at the end of a step.
@@ -63,6 +64,7 @@ class ParallelModel:
     modules: tuple[nn.Module, ...]
     loss_fn: LossFn
     compute_dtype: torch.dtype | None
+    compiled: bool
     owned: tuple[tuple[str, nn.Parameter], ...]
     holdings: tuple[Holding, ...]
     partial_names: frozenset[str]
@@ -95,6 +97,14 @@ class ParallelModel:
             groups.setdefault(key, []).append(parameter)
         return [{"params": parameters} for parameters in groups.values()]
 
+    @property
+    def cast_dtype(self) -> torch.dtype | None:
+        """What weights are cast to once for a whole step; None where nothing is kept beyond a microbatch.
+
+        A copy that a compiled block makes belongs to its own graph, which backward frees.
+        """
+        return None if self.compiled else self.compute_dtype
+
     def train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward of this data parallel rank's share of the batch; gradients are then ready.
 
@@ -122,7 +132,7 @@ class ParallelModel:
         experts = [p for name, p in self.owned if ranks is not None and name in ranks.names]
         tied = [p for shared in self.tied for p in shared.parameters]
         with set_aside(list(dict.fromkeys([*partial, *experts, *tied]))):
-            with casting_once(self.compute_dtype), self.loss_context():
+            with casting_once(self.cast_dtype), self.loss_context():
                 loss = step(inputs, targets)
             place_gradients(self.parameters())
             if partial:

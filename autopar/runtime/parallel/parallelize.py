@@ -126,6 +126,7 @@ def parallelize(
         modules=tuple(wrapped),
         loss_fn=loss_fn,
         compute_dtype=compute_dtype,
+        compiled=compiled,
         owned=owned,
         holdings=find_holdings(whole, owned, divided, rows=rows),
         divided_vocabulary=VOCAB in products.values(),

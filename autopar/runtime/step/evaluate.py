@@ -24,7 +24,7 @@ def evaluate(model: ParallelModel, batches: Iterable[tuple[Tensor, Tensor]]) -> 
         batches: inputs and targets of this data parallel rank's shares, each [local batch, seq_len] on its device; as
             many on every rank, and each as large as a training step's share.
     """
-    with _evaluating(model), casting_once(model.compute_dtype), model.loss_context():
+    with _evaluating(model), casting_once(model.cast_dtype), model.loss_context():
         losses = [forward_loss(model, inputs, targets) for inputs, targets in batches]
     mean = torch.stack(losses).mean()
     # Every rank of a pipeline and tensor parallel group has the same loss: the mean of all is that over the data.
