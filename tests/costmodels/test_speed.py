@@ -42,7 +42,7 @@ def test_a_process_alone_takes_longer_by_the_factor(loopback: MachineProfile) ->
     assert step_s(slower, "mb8", 1) == pytest.approx(1.5 * step_s(with_fits(loopback), "mb8", 1), rel=1e-3)
 
 
-@pytest.mark.parametrize("folder", ["demo", "emulated"])
+@pytest.mark.parametrize("folder", ["demo", "runs/emulated"])
 def test_collectives_keep_their_speed(folder: str) -> None:
     """Control of the former: where communication takes its share, the step does not grow by the whole factor."""
     profile = read_profile(REPORTS / folder / "profile.json")

@@ -96,7 +96,7 @@ def test_runs_of_other_plans_or_without_spans_are_refused(
         attribute(sample_setting, predicted, bare)
 
 
-@pytest.fixture(scope="module", params=["demo", "emulated"])
+@pytest.fixture(scope="module", params=["demo", "runs/emulated"])
 def judged(request: pytest.FixtureRequest) -> tuple[MachineProfile, tuple[JudgedRun, ...]]:
     runs, [profile] = judge([REPORTS / request.param / "runs"])
     return read_profile(profile), tuple(run for run in runs if run.measurement.plan.layout.world_size > 1)
@@ -174,7 +174,7 @@ def test_validate_says_where_and_writes_traces(tmp_path: Path) -> None:
 
 
 def test_validate_calibrates_and_overwrites_nothing(tmp_path: Path) -> None:
-    runs = [str(path) for path in measurement_files([REPORTS / "emulated" / "runs"])[:3]]
+    runs = [str(path) for path in measurement_files([REPORTS / "runs" / "emulated" / "runs"])[:3]]
     code, text, notes = run_cli(*runs, "--calibrate", "--json")
     assert code == 0 and "nothing was written" in notes
     assert {row["name"] for row in json.loads(text)["corrections"]} >= {"forward", "backward"}
