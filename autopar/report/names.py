@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from autopar.layout import USUAL_ORDER
-from autopar.plan import Plan, Recompute, default_schedule
+from autopar.plan import V_SCHEDULES, Plan, Recompute, default_schedule
 
 TERM_LABELS = {
     "forward": "forward",
@@ -46,18 +46,23 @@ def sharding_name(plan: Plan) -> str:
 
 
 def layout_name(plan: Plan) -> str:
-    """The degrees that are used, and how data parallelism shards: ``tp2 pp2``, ``dp4 ZeRO-3``, ``1 rank``."""
+    """The degrees that are used, the schedule if it is no usual one, and how data parallelism shards.
+
+    ``tp2 pp2``, ``pp4 zb-v``, ``dp4 ZeRO-3``, ``1 rank``.
+    """
     layout = plan.layout
     parts = [
         f"{axis}{degree}"
         for axis, degree in (
-            ("tp", layout.tp), ("pp", layout.pp), ("vp", layout.vp), ("cp", layout.cp), ("ep", layout.ep),
-            ("etp", layout.etp), ("dp", layout.dp),
+            ("tp", layout.tp), ("pp", layout.pp), ("vp", 1 if plan.schedule in V_SCHEDULES else layout.vp),
+            ("cp", layout.cp), ("ep", layout.ep), ("etp", layout.etp), ("dp", layout.dp),
         )
         if degree > 1
     ]  # fmt: skip
     if plan.sequence_parallel:
         parts.insert(1, "sp")
+    if plan.schedule is not default_schedule(layout.vp):
+        parts.append(str(plan.schedule))
     if plan.zero_stage:
         parts.append(sharding_name(plan))
     return " ".join(parts) or "1 rank"
@@ -94,7 +99,6 @@ def layout_words(plan: Plan) -> str:
 _DETAILS: tuple[Callable[[Plan], str], ...] = (
     lambda plan: f"mb{plan.microbatch_size}",
     lambda plan: "" if plan.recompute is Recompute.NONE else f"ac-{recompute_name(plan)}",
-    lambda plan: "" if plan.schedule is default_schedule(plan.layout.vp) else str(plan.schedule),
     lambda plan: "/".join(map(str, plan.stage_blocks)),
     lambda plan: "offload" if plan.offload_optimizer else "",
     lambda plan: "" if plan.layout.order == USUAL_ORDER else plan.layout.order,

@@ -174,5 +174,5 @@ def legend_above(axes: Axes, columns: int, **kwargs: Any) -> None:
     """Put the legend between title and plot, in columns."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.005, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.1,
-        handleheight=1.0, handletextpad=0.5, columnspacing=1.4, borderpad=0.2, **kwargs,
+        handleheight=1.0, handletextpad=0.5, columnspacing=1.0, borderpad=0.2, **kwargs,
     )  # fmt: skip

@@ -66,6 +66,8 @@ def test_short_names_have_no_more_detail_than_needed() -> None:
 
 def test_layouts_in_words() -> None:
     assert layout_name(parse_slug("dp4.z2.rep2.mb1")) == "dp4 ZeRO-2 x2"
+    assert layout_name(parse_slug("pp4.vp2.mb1.sched-zb-v")) == "pp4 zb-v"
+    assert layout_name(parse_slug("pp4.vp2.dp2.z1.mb1")) == "pp4 vp2 dp2 ZeRO-1"
     assert layout_words(parse_slug("pp2.dp2.z2.mb1")) == "pipeline of 2 ranks × 2-way data parallel (ZeRO-2)"
     assert layout_words(parse_slug("mb1")) == "one rank"
 

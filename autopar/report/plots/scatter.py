@@ -81,9 +81,7 @@ def _bands(axes: Axes, limits: tuple[float, float]) -> None:
     for band, alpha in zip(BANDS, (0.45, 0.8), strict=True):
         axes.fill_between(ends, ends / (1 + band), ends * (1 + band), color=GRID, alpha=alpha, linewidth=0, zorder=0)
     axes.plot(ends, ends, color=MUTED, linewidth=1.2, zorder=1)
-    top = limits[1]
-    for band in BANDS:
-        axes.annotate(
-            f"+{band:.0%}", (top / (1 + band), top), xytext=(-3, -3), textcoords="offset points", ha="right",
-            va="top", fontsize=10, color=MUTED,
-        )  # fmt: skip
+    axes.annotate(
+        "bands: " + ", ".join(f"\u00b1{band:.0%}" for band in sorted(BANDS)), (1, 0), xycoords="axes fraction",
+        xytext=(-6, 6), textcoords="offset points", ha="right", va="bottom", fontsize=10, color=MUTED,
+    )  # fmt: skip
