@@ -3,7 +3,7 @@
 What the script rests on: ``sbatch --signal=B:TERM@SECONDS`` signals the script itself so long before the time limit;
 ``scancel --signal`` passes a signal to all processes of a step and ends nothing by itself; ``--requeue`` lets
 ``scontrol requeue`` queue the job again under its number (sbatch(1), scancel(1), scontrol(1)). Ranks that get SIGTERM
-save a checkpoint and end well (``runtime.training``), and the job queues itself again, to go on from that checkpoint,
+save a checkpoint and end well (``runtime.train``), and the job queues itself again, to go on from that checkpoint,
 until ``result.json`` says that the last step was made.
 """
 
