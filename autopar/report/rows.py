@@ -36,8 +36,11 @@ def ranked_columns(
 
 
 def validation_page_columns(validation: Validation, names: Mapping[str, str]) -> list[Column]:
-    """The validation table with short names, slugs below them."""
+    """The validation table with short names, slugs below them; the page has a sentence where all collectives agree."""
     slugs, *rest = validation_columns(validation)
+    checks = [c.collectives for c in validation.comparisons]
+    if all(check is not None and check.agree for check in checks):
+        rest = [column for column in rest if column.header != "collectives"]
     named = tuple(names[slug] for slug in slugs.cells)
     return [Column(header="plan", cells=named, text=True, details=slugs.cells), *rest]
 
