@@ -163,7 +163,7 @@ def test_nodes_started_one_by_one_survive_a_kill(tmp_path: Path) -> None:
             command = [
                 *node.command_prefix, sys.executable, "-m", "autopar", "run", str(plan), "-o", str(out), "--nodes", "2",
                 "--node-rank", str(node.index), "--master", f"{nodes[0].address}:29555", "--interface", "eth0",
-                "--steps", "30", "--save-every", "5", "--log-every", "1", "--no-self-check", "--device", "cpu",
+                "--steps", "150", "--save-every", "5", "--log-every", "1", "--no-self-check", "--device", "cpu",
                 "--max-restarts", "2",
             ]  # fmt: skip
             environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
@@ -171,16 +171,16 @@ def test_nodes_started_one_by_one_survive_a_kill(tmp_path: Path) -> None:
             parts.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         struck = False
         end = time.monotonic() + 400
-        while not struck and time.monotonic() < end:
+        while not struck and time.monotonic() < end and any(part.poll() is None for part in parts):
             status = read_statuses(out / "ranks", 2).get(1)
             if status is not None and status.state == RUNNING and len(steps_of(out)) >= 6:
                 os.kill(status.pid, signal.SIGKILL)
                 struck = True
-            time.sleep(0.05)
+            time.sleep(0.01)
         codes = [part.wait(timeout=300) for part in parts]
     logs = "".join((tmp_path / f"log{i}").read_text() for i in range(2))
     assert struck and codes == [0, 0], logs[-4000:]
-    assert steps_of(out) == list(range(1, 31))
+    assert steps_of(out) == list(range(1, 151))
     found = read_outcome(out)
-    assert found.first_step >= 5 and found.first_step % 5 == 0 and found.steps_done == 30
+    assert found.first_step >= 5 and found.first_step % 5 == 0 and found.steps_done == 150
     assert logs.count("going on after step") == 1, "each line is shown once"

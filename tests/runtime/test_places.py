@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autopar.errors import InputError
-from autopar.runtime.launch.node_run import interface_variables, torchrun_command
+from autopar.runtime.launch.node_run import interface_variables, run_rank, torchrun_command
 from autopar.runtime.launch.places import Place, Role, find_place
+from autopar.runtime.run import WORKER
 
 SLURM = {
     "SLURM_JOB_ID": "7001", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[3-4]", "SLURM_NODEID": "1",
@@ -90,3 +93,16 @@ def test_interfaces() -> None:
     assert interface_variables("lo")["NCCL_SOCKET_IFNAME"] == "lo"
     with pytest.raises(InputError, match="interface 'nope' has no IPv4 address here; there are .*lo"):
         interface_variables("nope")
+
+
+@pytest.mark.parametrize("kind", ["module", "package"])
+def test_a_rank_runs_main_of_modules_and_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Packages keep it in ``__main__``, as ``python -m`` has it; the training worker is one."""
+    name = f"told_{kind}"
+    file = tmp_path / f"{name}.py" if kind == "module" else tmp_path / name / "__main__.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("told = []\ndef main(arguments):\n    told.extend(arguments)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run_rank(find_place({}), name, ["job.json"])
+    assert importlib.import_module(name if kind == "module" else f"{name}.__main__").told == ["job.json"]
+    assert callable(importlib.import_module(f"{WORKER}.__main__").main)

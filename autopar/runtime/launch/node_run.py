@@ -106,10 +106,15 @@ def _pass_on(line: str, on_message: OnMessage | None) -> None:
 
 
 def run_rank(place: Place, module: str, arguments: Sequence[str]) -> None:
-    """Be a rank: run ``module.main(arguments)`` in this process. What it raises is told with its stack."""
+    """Be a rank: run ``main(arguments)`` of a module, or of a package's ``__main__``, in this process.
+
+    What it raises is told with its stack.
+    """
     os.environ.update(place.variables)
     try:
-        import_module(module).main(arguments)
+        found = import_module(module)
+        program = import_module(f"{module}.__main__") if hasattr(found, "__path__") else found
+        program.main(arguments)
     except Exception:
         traceback.print_exc()
         raise
