@@ -90,7 +90,8 @@ def _start(job: ProfileJob) -> torch.device:
 def _profile(job: ProfileJob, device: torch.device, reporter: _Reporter) -> None:
     clock, rank, ranks = Clock(device), dist.get_rank(), dist.get_world_size()
     grid = make_grid(job.device, job.quick)
-    work = Yardstick(DTYPES[job.precision]) if job.device == "cpu" else None
+    # Always in fp32, as in runs: what counts is the machine, and bf16 may be twenty times slower on processors.
+    work = Yardstick() if job.device == "cpu" else None
     pace = partial(work.seconds, PACE_ROUNDS) if work else None
     mesh = init_device_mesh(job.device, (ranks, 1), mesh_dim_names=("others", "alone"))["alone"]
     compute: tuple[ComputePoint, ...] = ()

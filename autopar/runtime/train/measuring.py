@@ -47,9 +47,7 @@ def measure(trainer: Trainer, batch_of: Callable[[int], Tensor], begin: Callable
         steps.append(inspection.step(index, batch_of(trainer.next_step)))
     rank = inspection.result()
     dist.barrier()
-    # In the precision of the profile that the run is held to.
-    dtype = trainer.model.compute_dtype or torch.float32
-    work = Yardstick(dtype) if trainer.model.device.type == "cpu" else None
+    work = Yardstick() if trainer.model.device.type == "cpu" else None
     before, seconds, yardsticks = interface_counters(), [], list[float]()
     for _ in range(job.steps):
         begin("timed")
